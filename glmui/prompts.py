@@ -1,0 +1,102 @@
+"""What the model will see: how much of a conversation fits, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glmui.errors import InvalidInput
+from glmui.types import GenerationParams, Message, TokenCounter
+
+# A prompt may fill max_length up to this part; the rest is kept free for the reply.
+REPLY_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Messages that fit, how many tokens they cost, and how many of the oldest rounds were left out."""
+
+    messages: tuple[Message, ...]
+    tokens: int
+    left_out: int
+
+
+def token_budget(params: GenerationParams, context_length: int = 0, limit: int | None = None) -> int:
+    """Tokens a prompt may have so that a reply still fits under max_length.
+
+    context_length: what the model was trained for (0: unknown). limit: the user's own history budget.
+    """
+    length = min(params.max_length, context_length or params.max_length)
+    reply = params.max_new_tokens or int(length * REPLY_SHARE)
+    budget = max(length - reply, length // 2)
+    return min(budget, limit) if limit else budget
+
+
+def fit(
+    messages: Sequence[Message],
+    count: TokenCounter,
+    budget: int,
+    hard_limit: int,
+    max_rounds: int | None = None,
+) -> Prompt:
+    """Keep the system text, the newest message and as many of the newest rounds as the budget holds.
+
+    Whole rounds are left out, oldest first. The newest message alone may exceed `budget` (history
+    is what a budget cuts) but never `hard_limit`: then InvalidInput says how long it is.
+    """
+    system = [m for m in messages[:1] if m.role == "system"]
+    rounds = split_rounds(messages[len(system) :])
+    if not rounds:
+        raise InvalidInput("empty_message")
+    total = len(rounds)
+    if max_rounds is not None:
+        rounds = rounds[-max(max_rounds, 0) - 1 :]
+
+    def build(kept: int) -> list[Message]:
+        return system + [m for one in rounds[len(rounds) - kept :] for m in one]
+
+    kept, tokens = 1, count(build(1))
+    if tokens > hard_limit:
+        raise InvalidInput("prompt_too_long", tokens=tokens, limit=hard_limit)
+    # Double the number of rounds while they fit, then bisect: few counts however long the history.
+    low, high = 1, len(rounds) + 1  # `low` rounds fit, `high` do not
+    while low + 1 < high:
+        middle = min(low * 2, (low + high + 1) // 2, high - 1)
+        cost = count(build(middle))
+        if cost <= budget:
+            low, kept, tokens = middle, middle, cost
+        else:
+            high = middle
+    return Prompt(tuple(build(kept)), tokens, total - kept)
+
+
+def split_rounds(messages: Sequence[Message]) -> list[list[Message]]:
+    """Group messages into rounds: each begins with a user message and holds what answers it."""
+    rounds: list[list[Message]] = []
+    for message in messages:
+        if message.role == "user" or not rounds:
+            rounds.append([])
+        rounds[-1].append(message)
+    return rounds
+
+
+def chatglm_prompt(history: Sequence[tuple[str, str]], query: str) -> str:
+    """ChatGLM-6B's template: numbered rounds, or the bare query when there is no history."""
+    if not history:
+        return query
+    rounds = (f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
+    return f"{''.join(rounds)}[Round {len(history)}]\n问：{query}\n答："
+
+
+def chatglm_rounds(messages: Sequence[Message]) -> tuple[list[tuple[str, str]], str]:
+    """Messages as (history, query). ChatGLM-6B knows no system text: it goes before the first question."""
+    system = "\n".join(m.content for m in messages if m.role == "system")
+    pairs: list[tuple[str, str]] = []
+    for one in split_rounds([m for m in messages if m.role != "system"]):
+        question = "\n".join(m.content for m in one if m.role == "user")
+        pairs.append((question, "\n".join(m.content for m in one if m.role == "assistant")))
+    if not pairs:
+        raise InvalidInput("empty_message")
+    if system:
+        pairs[0] = (f"{system}\n\n{pairs[0][0]}", pairs[0][1])
+    return pairs[:-1], pairs[-1][0]

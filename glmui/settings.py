@@ -1,0 +1,145 @@
+"""Settings: defaults < settings file < environment (GLMUI_PORT …) < command-line flags.
+
+The file is settings.toml in the data folder. What the page changes (model, device, threads, language,
+idle minutes) is written back there, everything else in the file left as the user wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from glmui.errors import InvalidInput, StoreError
+
+DEVICE_PATTERN = re.compile(r"auto|cpu|cuda(:\d+)?|mps|mixed")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Units stand in the names; docs/settings.md tells each."""
+
+    model_config = SettingsConfigDict(env_prefix="GLMUI_", extra="ignore", validate_assignment=True)
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(None, ge=1, le=65535)  # None: 7860, or the next free one
+    browser: bool = True
+    data_dir: Path = Path(platformdirs.user_data_dir("glmui", appauthor=False))
+    model: str = ""  # "" until one is chosen; else "starter", a name in the data folder, or a folder
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1, le=1024)  # None: the physical cores
+    quantize: Literal["none", "int8", "int4"] = "none"  # weights of a transformers model, once loaded
+    starter: bool = False  # fetch the starter model at start if it is not there
+    idle_minutes: float = Field(30, ge=0)  # 0: never end an idle engine
+    language: Literal["", "en", "zh"] = ""  # "": the browser's
+    stop_repetition: bool = True  # end a reply that says the same thing over and over
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not DEVICE_PATTERN.fullmatch(value):
+            raise ValueError("one of auto, cpu, cuda, cuda:N, mps, mixed")
+        return value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and the file both come through `load`; only the environment is a source of its own."""
+        return init_settings, env_settings
+
+
+def load(**flags: Any) -> Settings:
+    """Settings from all four places. `flags` that are None were not given.
+
+    Raises InvalidInput naming the setting, what it may be and where it was given.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    folder = _checked(lambda: Settings(**_only(given, "data_dir")), given, {}).data_dir
+    from_file = _read_file(folder / "settings.toml")
+    below_environment = {k: v for k, v in from_file.items() if f"GLMUI_{k.upper()}" not in os.environ}
+    return _checked(lambda: Settings(**{**below_environment, **given}), given, from_file)
+
+
+def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: values[name]} if name in values else {}
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput("bad_settings_file", file=file, detail=error) from error
+    if unknown := sorted(set(values) - set(Settings.model_fields)):
+        raise InvalidInput("bad_settings_file", file=file, detail=f"unknown setting {', '.join(unknown)}")
+    return values
+
+
+def _checked(build: Any, flags: dict[str, Any], from_file: dict[str, Any]) -> Settings:
+    try:
+        settings: Settings = build()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if name in flags:
+            where = f"--{name.replace('_', '-')}"
+        elif f"GLMUI_{name.upper()}" in os.environ:
+            where = f"GLMUI_{name.upper()}"
+        else:
+            where = "settings.toml"
+        raise InvalidInput("bad_setting", name=name, detail=first["msg"], where=where) from error
+    return settings
+
+
+def save(settings: Settings, **changes: Any) -> Settings:
+    """Check `changes`, write them into the settings file and return the new settings.
+
+    Comments and other entries of the file stay. Raises InvalidInput or StoreError.
+    """
+    import tomlkit  # lazily: most commands never write
+
+    changed = _checked(lambda: Settings(**{**settings.model_dump(), **changes}), changes, {})
+    file = settings.data_dir / "settings.toml"
+    try:
+        document = tomlkit.parse(file.read_text(encoding="utf-8")) if file.exists() else tomlkit.document()
+        for name, value in changes.items():
+            if value is None:
+                document.pop(name, None)
+            else:
+                document[name] = str(value) if isinstance(value, Path) else value
+        draft = file.with_suffix(".toml.new")
+        draft.write_text(tomlkit.dumps(document), encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        raise StoreError("data_folder_unwritable", folder=settings.data_dir, detail=error) from error
+    return changed
+
+
+def make_data_folder(folder: Path) -> None:
+    """Create the data folder for this account alone (0700). Raises StoreError when it cannot be written."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError("data_folder_unwritable", folder=folder, detail=error.strerror or error) from error
