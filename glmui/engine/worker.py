@@ -1,0 +1,147 @@
+"""The engine process: loads one model, answers one request after the other, ends with its parent.
+
+The main thread computes. One thread listens, so that Stop and the parent's end are noticed in the middle of
+a computation; one sends a sign of life every second. torch is imported inside `run`, by the family.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from glmui.engine.families import open_family
+from glmui.engine.request import Cancellations
+from glmui.engine.wire import Wire, chat_from
+from glmui.errors import EngineError, GlmuiError, to_values
+from glmui.types import ChatEngine, Chunk, EngineSpec, Progress
+
+log = logging.getLogger("glmui.engine")
+
+SIGN_SECONDS = 1.0
+
+# Must stand before torch and transformers are imported. PASSIVE: OpenMP threads that wait by spinning take
+# the core from the others as soon as the machine has anything else to do (3 tokens a second instead of 12).
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def run(connection: Connection, spec: EngineSpec) -> None:
+    """Entry of the process. Messages in: chat, cancel, stop; out: loaded or failed, chunk, error, alive."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the app's to handle
+    if sys.stderr is not None:  # a windowed Python on Windows has none
+        faulthandler.enable()
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    post = _Post(Wire(connection))
+    post.start()
+    try:
+        engine = open_family(spec, post.progress)
+    except BaseException as error:
+        post.send("failed", error=to_values(explain(error)))
+        _end()
+    post.engine = engine
+    post.send("loaded", info=asdict(engine.info()))
+    while _answer(engine, post, post.next_chat()):
+        pass
+    _end()
+
+
+def _answer(engine: ChatEngine, post: _Post, request: dict[str, Any]) -> bool:
+    """Stream one reply. False when the process should end: after memory ran out, or anything unforeseen,
+    a fresh process is the one thing that is surely sound."""
+    request_id = request["id"]
+    if request_id in post.cancelled:
+        post.send("chunk", id=request_id, chunk=asdict(Chunk(finish_reason="cancelled")))
+        return True
+    try:
+        for chunk in engine.stream_chat(*chat_from(request), request_id):
+            post.send("chunk", id=request_id, chunk=asdict(chunk))
+    except BaseException as error:
+        told = explain(error)
+        going_on = isinstance(error, GlmuiError) and told.code != "out_of_memory"
+        post.send("error", id=request_id, error=to_values(told), ending=not going_on)
+        return going_on
+    return True
+
+
+def explain(error: BaseException) -> GlmuiError:
+    """The error in the family's words; what is not of the family is logged with its trace."""
+    if isinstance(error, GlmuiError):
+        return error
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+        return EngineError("out_of_memory")
+    log.error("the engine failed", exc_info=error)
+    first_line = (str(error).strip() or "?").splitlines()[0]
+    return EngineError("engine_failed", detail=f"{type(error).__name__}: {first_line}")
+
+
+class _Post:
+    """The process's side of the pipe. A broken pipe means that the parent is gone: then this process ends."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._chats: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._request_id = ""
+        self.engine: ChatEngine | None = None
+        self.cancelled = Cancellations()  # those that came while the model was loading, too
+
+    def start(self) -> None:
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        threading.Thread(target=self._show_life, name="alive", daemon=True).start()
+
+    def send(self, kind: str, **values: Any) -> None:
+        try:
+            self._wire.send(kind, **values)
+        except OSError:
+            _end()
+
+    def progress(self, progress: Progress) -> None:
+        """Loading, or the current request's prefill."""
+        self.send("chunk", id=self._request_id, chunk=asdict(Chunk(progress=progress)))
+
+    def next_chat(self) -> dict[str, Any]:
+        self._request_id = ""
+        request = self._chats.get()
+        self._request_id = request["id"]
+        return request
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._wire.receive()
+            except (EOFError, OSError):
+                _end()
+            if message["kind"] == "chat":
+                self._chats.put(message)
+            elif message["kind"] == "stop":
+                _end()
+            else:
+                self.cancelled.add(message["id"])
+                if self.engine:
+                    self.engine.cancel(message["id"])
+
+    def _show_life(self) -> None:
+        while True:
+            time.sleep(SIGN_SECONDS)
+            self.send("alive")
+
+
+def _end() -> NoReturn:
+    """End at once, whatever the main thread computes; there is nothing here to save."""
+    os._exit(0)

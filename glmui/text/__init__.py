@@ -1,0 +1,27 @@
+"""Text to ids and back, without torch: the app process counts tokens while the engine sleeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glmui.errors import ModelError
+from glmui.text.model_files import read_json
+from glmui.types import TokenCounter
+
+
+def open_counter(folder: Path) -> TokenCounter:
+    """Counts a prompt's tokens as the model in `folder` does ("echo": as the scripted engine). Raises
+    ModelError."""
+    if str(folder) == "echo":
+        from glmui.text import pieces
+
+        return pieces.count
+    if not (folder / "config.json").is_file():
+        raise ModelError("model_file_missing", folder=folder, file="config.json")
+    if read_json(folder / "config.json").get("model_type") == "chatglm":
+        from glmui.text import chatglm
+
+        return chatglm.open_counter(folder)
+    from glmui.text.chat_template import ChatTokenizer
+
+    return ChatTokenizer.from_folder(folder).count
