@@ -1,0 +1,78 @@
+// Small things only a browser can do. Loaded in the page's head.
+(() => {
+  // Gradio words its own few buttons by the browser's language: let it be the page's.
+  const tag = document.currentScript?.src.endsWith("?zh") ? "zh-CN" : "en";
+  Object.defineProperty(navigator, "language", { get: () => tag });
+  Object.defineProperty(navigator, "languages", { get: () => [tag] });
+  document.documentElement.lang = tag;
+
+  // Enter that ends an IME composition must not send half-typed pinyin. Safari ends the composition
+  // before it reports the key, hence the short memory.
+  let composedAt = 0;
+  document.addEventListener("compositionend", () => { composedAt = Date.now(); }, true);
+  for (const kind of ["keydown", "keypress"]) {
+    document.addEventListener(kind, (event) => {
+      const composing = event.isComposing || event.keyCode === 229 || Date.now() - composedAt < 80;
+      if (event.key === "Enter" && composing) event.stopImmediatePropagation();
+    }, true);
+  }
+
+  // Light, dark or as the system has it; kept in this browser.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const paint = () => {
+    const wish = localStorage.getItem("glmui-theme") || "system";
+    const on = wish === "dark" || (wish === "system" && dark.matches);
+    document.documentElement.dataset.theme = wish;
+    document.body?.classList.toggle("dark", on);
+  };
+  dark.addEventListener("change", paint);
+  paint();
+  document.addEventListener("DOMContentLoaded", paint);
+
+  // Messages are shown with "<" written as "&lt;" and with notes under them; whoever copies one wants its text.
+  let copyingMessage = false;
+  document.addEventListener("click", (event) => {
+    copyingMessage = Boolean(event.target.closest?.("#thread .message-buttons"));
+  }, true);
+  const write = navigator.clipboard?.writeText.bind(navigator.clipboard);
+  if (write) {
+    navigator.clipboard.writeText = (text) =>
+      write(copyingMessage ? text.replace(/\n*<small>.*?<\/small>/gs, "").replace(/&lt;(?=[A-Za-z\/!?])/g, "<") : text);
+  }
+
+  window.glmui = {
+    // Which tab this is, and which conversation its address names: both survive a reload.
+    tab: () => {
+      const id = sessionStorage.getItem("glmui-tab") || `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+      sessionStorage.setItem("glmui-tab", id);
+      return id;
+    },
+    wished: () => new URLSearchParams(location.search).get("c") || "",
+    address: (id) => {
+      const url = new URL(location.href);
+      if (id) url.searchParams.set("c", id);
+      else url.searchParams.delete("c");
+      history.replaceState(null, "", url);
+      return id;
+    },
+    theme: () => {
+      const order = ["system", "light", "dark"];
+      const now = localStorage.getItem("glmui-theme") || "system";
+      localStorage.setItem("glmui-theme", order[(order.indexOf(now) + 1) % 3]);
+      paint();
+    },
+    language: (code) => {
+      document.cookie = `glmui_language=${code}; path=/; max-age=31536000; samesite=strict`;
+      const url = new URL(location.href);
+      url.pathname = "/";
+      location.assign(url);
+    },
+  };
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("[data-glmui]");
+    if (!button) return;
+    const [name, argument] = button.dataset.glmui.split(":");
+    window.glmui[name]?.(argument);
+  });
+})();

@@ -1,0 +1,215 @@
+"""Chatting in the terminal: one answer, or a conversation.
+
+The database stays closed, so this runs beside the app.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from glmui import i18n, prompts
+from glmui.engine.client import EngineClient
+from glmui.errors import GlmuiError, InvalidInput
+from glmui.hub import catalogue, starter
+from glmui.settings import Settings, make_data_folder
+from glmui.text import open_counter
+from glmui.types import ChatEngine, Chunk, EngineSpec, GenerationParams, Message, Progress, TokenCounter
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asked for. `prompt` None means a conversation."""
+
+    model: str
+    prompt: str | None
+    params: GenerationParams
+    system: str = ""
+    as_json: bool = False
+
+
+def run(wish: Wish, settings: Settings, language: str) -> int:
+    """Open the model and chat; the exit code. Naming the starter is the request to fetch it."""
+    make_data_folder(settings.data_dir)
+    terminal = Terminal(language)
+    folder = find_model(wish.model, settings.data_dir, terminal.show)
+    engine = EngineClient(
+        EngineSpec(
+            model=wish.model,
+            folder=str(folder),
+            device=settings.device,
+            threads=settings.threads,
+            quantize=settings.quantize,
+            stop_repetition=settings.stop_repetition,
+        )
+    )
+    try:
+        chat = Chat(engine, open_counter(folder), wish.params, wish.system)
+        if wish.prompt is None:
+            converse(chat, terminal)
+        else:
+            answer_once(chat, wish.prompt, terminal, wish.as_json)
+    finally:
+        engine.close()
+    return 0
+
+
+def find_model(name: str, data_dir: Path, show: Callable[[Progress], None]) -> Path:
+    """The model's folder; the starter is fetched when it is not there yet."""
+    if name == "starter":
+        return starter.ensure_starter(data_dir, show, lambda: False)
+    return catalogue.resolve(name, data_dir)
+
+
+class Chat:
+    """One conversation, remembered here and nowhere else."""
+
+    def __init__(
+        self, engine: ChatEngine, count: TokenCounter, params: GenerationParams, system: str = ""
+    ) -> None:
+        self._engine = engine
+        self._count = count
+        self._params = params
+        self._system = [Message("system", system)] if system else []
+        self._said: list[Message] = []
+        self._running = ""
+
+    def ask(self, text: str) -> Iterator[Chunk]:
+        """Stream the reply to `text`; whatever came of it is remembered. Raises GlmuiError."""
+        if not text.strip():
+            raise InvalidInput("empty_message")
+        asked = [*self._system, *self._said, Message("user", text)]
+        budget = prompts.token_budget(self._params)
+        prompt = prompts.fit(asked, self._count, budget, hard_limit=self._params.max_length - 1)
+        self._running, answer = uuid.uuid4().hex, ""
+        try:
+            for chunk in self._engine.stream_chat(prompt.messages, self._params, self._running):
+                answer += chunk.text
+                yield chunk
+        finally:
+            self._running = ""
+            if answer:
+                self._said += [Message("user", text), Message("assistant", answer)]
+
+    def stop(self) -> None:
+        """End the running reply; its text so far is kept."""
+        self._engine.cancel(self._running)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._said.clear()
+
+
+class Terminal:
+    """Text to stdout; progress to stderr, and only where someone is looking at it."""
+
+    def __init__(self, language: str, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
+        self.language = language
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._shown = 0
+
+    def write(self, text: str) -> None:
+        self._wipe()
+        self._out.write(text)
+        self._out.flush()
+
+    def say(self, key: str, **values: Any) -> None:
+        self.write(i18n.text(self.language, key, **values) + "\n")
+
+    def show(self, progress: Progress) -> None:
+        """One line that overwrites itself."""
+        if not self._err.isatty():
+            return
+        self._wipe()
+        line = i18n.text(self.language, f"cli.stages.{progress.stage}")
+        if progress.fraction is not None:
+            line += f" {progress.fraction:.0%}"
+        self._err.write(line)
+        self._err.flush()
+        self._shown = sum(2 if ord(character) > 0x2E80 else 1 for character in line)  # columns
+
+    def _wipe(self) -> None:
+        if self._shown:
+            self._err.write(f"\r{' ' * self._shown}\r")
+            self._err.flush()
+            self._shown = 0
+
+
+def answer_once(chat: Chat, prompt: str, terminal: Terminal, as_json: bool = False) -> Chunk:
+    """Print one reply as it comes, or as one JSON object at its end; its last chunk."""
+    began, text, last = time.monotonic(), "", Chunk()
+    for last in chat.ask(prompt):
+        text += last.text
+        if last.progress:
+            terminal.show(last.progress)
+        elif not as_json:
+            terminal.write(last.text)
+    terminal.write(_as_json(text, last, time.monotonic() - began) if as_json else "\n")
+    return last
+
+
+def _as_json(text: str, last: Chunk, seconds: float) -> str:
+    usage = last.usage
+    answer = {
+        "response": text,
+        "prompt_tokens": usage.prompt_tokens if usage else 0,
+        "completion_tokens": usage.completion_tokens if usage else 0,
+        "seconds": round(usage.seconds if usage else seconds, 3),
+        "finish_reason": last.finish_reason,
+    }
+    return json.dumps(answer, ensure_ascii=False) + "\n"
+
+
+def converse(chat: Chat, terminal: Terminal, read: Callable[[str], str] = input) -> None:
+    """Question and answer until `stop` or the end of input; `clear` forgets what was said."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` its line editing)
+    terminal.say("cli.chat.hello")
+    while (line := _read_line(read)) not in (None, "stop"):
+        if line == "clear":
+            chat.forget()
+            terminal.say("cli.chat.cleared")
+        elif line:
+            with _ctrl_c_calls(chat.stop):
+                _answer_on(chat, line, terminal)
+
+
+def _answer_on(chat: Chat, line: str, terminal: Terminal) -> None:
+    """One round; what goes wrong ends it and not the conversation."""
+    try:
+        last = answer_once(chat, line, terminal)
+    except GlmuiError as error:
+        terminal.write(f"\n{error.message(terminal.language)}\n")
+    else:
+        if last.note:
+            terminal.say(f"notes.{last.note}")
+
+
+def _read_line(read: Callable[[str], str]) -> str | None:
+    try:
+        return read("> ").strip()
+    except EOFError:
+        return None
+
+
+@contextlib.contextmanager
+def _ctrl_c_calls(action: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl+C do `action` instead of ending the program.
+
+    A thread does it: the signal may interrupt the engine's client while it holds its own lock.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=action, daemon=True).start())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,76 @@
+"""The middle: the thread, the line under it, and the box to write in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from glmui.ui.words import Words
+
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "$", "right": "$", "display": False},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatArea:
+    chip: gr.HTML
+    banner: gr.Markdown
+    earlier: gr.Button
+    thread: gr.Chatbot
+    status: gr.HTML
+    previous: gr.Button
+    version: gr.HTML
+    following: gr.Button
+    resume: gr.Button
+    regenerate: gr.Button
+    box: gr.Textbox
+
+
+def build(words: Words) -> ChatArea:
+    chip = gr.HTML(elem_id="engine")
+    banner = gr.Markdown(visible=False, elem_id="banner")
+    earlier = gr.Button(words("chat.earlier"), visible=False, size="sm", elem_id="earlier")
+    thread = gr.Chatbot(
+        elem_id="thread",
+        label=words("chat.thread"),
+        show_label=False,
+        container=False,
+        height="100%",
+        latex_delimiters=LATEX,
+        layout="bubble",
+        buttons=["copy"],
+        placeholder=f"<h2>{words('chat.hello')}</h2><p>{words('chat.hello_more')}</p>",
+        allow_tags=False,
+        sanitize_html=True,
+        feedback_options=None,
+        group_consecutive_messages=False,
+    )
+    with gr.Row(elem_id="below"):
+        status = gr.HTML(elem_id="status")
+        previous = gr.Button("‹", visible=False, size="sm", elem_id="previous", min_width=0)
+        version = gr.HTML(visible=False, elem_id="version")
+        following = gr.Button("›", visible=False, size="sm", elem_id="next", min_width=0)
+        resume = gr.Button(words("chat.continue"), visible=False, size="sm", elem_id="resume", min_width=0)
+        regenerate = gr.Button(
+            words("chat.regenerate"), visible=False, size="sm", elem_id="regenerate", min_width=0
+        )
+    box = gr.Textbox(
+        elem_id="box",
+        label=words("chat.box"),
+        placeholder=words("chat.placeholder"),
+        show_label=False,
+        container=False,
+        lines=1,
+        max_lines=10,
+        autofocus=True,
+        submit_btn=True,
+        stop_btn=False,
+    )
+    return ChatArea(
+        chip, banner, earlier, thread, status, previous, version, following, resume, regenerate, box
+    )

@@ -1,0 +1,184 @@
+"""What every area of the page works with, and the handlers that need more than one of these things."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glmui import i18n
+from glmui.chat import ChatService
+from glmui.choice import Choice
+from glmui.downloads import Download
+from glmui.engine.device import count_physical_cores
+from glmui.errors import NotFound
+from glmui.hub import catalogue
+from glmui.jobs import Job
+from glmui.meter import Meter
+from glmui.store import StoredMessage
+from glmui.types import ChatSettings
+
+PAGE_OF_MESSAGES = 60  # shown at first; "earlier messages" adds as many again
+UPDATE_SECONDS = 0.1
+CALM_CHARACTERS = 6000  # from this length on a page is updated less often, in proportion
+FOLLOWER_GONE_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One look at a conversation: what is saved of it, and the reply being written."""
+
+    messages: tuple[StoredMessage, ...] = ()
+    earlier: int = 0  # messages not shown
+    live: Job | None = None
+    place: int = 0
+
+    @property
+    def last_reply(self) -> StoredMessage | None:
+        return next((m for m in reversed(self.messages) if m.role == "assistant"), None)
+
+    @property
+    def can_continue(self) -> bool:
+        """A reply that was cut short can be gone on with."""
+        last = self.messages[-1] if self.messages else None
+        return bool(
+            not self.live
+            and last
+            and last.role == "assistant"
+            and last.content
+            and (last.state in ("stopped", "interrupted") or last.finish_reason == "length")
+        )
+
+
+@dataclass(slots=True)
+class Desk:
+    """The collaborators of the page, and which tab is following what."""
+
+    service: ChatService
+    choice: Choice
+    download: Download
+    meter: Meter
+    _followers: dict[str, tuple[object, float, str]] = field(default_factory=dict)
+
+    def view(self, conversation_id: str, limit: int = PAGE_OF_MESSAGES) -> View:
+        """Raises NotFound where there is no such conversation."""
+        if not conversation_id:
+            return View()
+        live = self.service.live(conversation_id)
+        messages = self.service.store.thread(conversation_id)
+        return View(
+            tuple(messages[-limit:]),
+            max(0, len(messages) - limit),
+            live,
+            self.service.place(live) if live else 0,
+        )
+
+    async def follow(self, tab: str, conversation_id: str, limit: int) -> AsyncIterator[View]:
+        """Views of a conversation while its reply grows, the last one when nothing is being written.
+
+        A tab follows one conversation at a time: a later call ends the earlier one. The pace slows
+        with the reply's length, since a browser lays the whole message out anew each time.
+        """
+        token = object()
+        self._beat(tab, token, conversation_id)
+        view = await asyncio.to_thread(self.view, conversation_id, limit)
+        yield view
+        revision = -1
+        while view.live is not None:
+            pace = UPDATE_SECONDS * max(1.0, len(view.live.content) / CALM_CHARACTERS)
+            await asyncio.sleep(min(pace, 1.0))
+            if self._followers[tab][0] is not token:
+                return
+            self._beat(tab, token, conversation_id)
+            live = self.service.live(conversation_id)
+            if live is not view.live:  # done, or already the next reply
+                view = await asyncio.to_thread(self.view, conversation_id, limit)
+                yield view
+            elif live.revision != revision or live.progress is not None:
+                revision = live.revision
+                view = View(view.messages, view.earlier, live, self.service.place(live))
+                yield view
+        self._beat(tab, token, conversation_id)
+
+    def _beat(self, tab: str, token: object, conversation_id: str) -> None:
+        shown = f"{conversation_id}:{self.service.revision(conversation_id)}"
+        self._followers[tab] = (token, time.monotonic(), shown)
+        if len(self._followers) > 1000:  # tabs of long ago
+            self._followers.pop(next(iter(self._followers)))
+
+    def needs_follower(self, tab: str, conversation_id: str) -> bool:
+        """Whether this tab shows something old: a reply it does not follow, or news from another tab."""
+        if not conversation_id:
+            return False
+        _, beat, shown = self._followers.get(tab, (None, 0.0, ""))
+        if self.service.live(conversation_id):
+            return time.monotonic() - beat > FOLLOWER_GONE_SECONDS
+        return shown != f"{conversation_id}:{self.service.revision(conversation_id)}"
+
+    def open_conversation(self, wished: str) -> str:
+        """The conversation to show first: the one wished for, or "" (a new one)."""
+        try:
+            return wished if wished and self.service.store.get_conversation(wished).deleted_at is None else ""
+        except NotFound:
+            return ""
+
+    def show_version(self, conversation_id: str, step: int) -> None:
+        """Read the version of the last reply that comes `step` after the one shown, round and round."""
+        last = self.view(conversation_id).last_reply
+        if last is None:
+            return
+        siblings = self.service.store.versions(last.id)
+        chosen = siblings[(siblings.index(last.id) + step) % len(siblings)]
+        self.service.select_version(conversation_id, chosen)
+
+    # The engine
+
+    def models(self, language: str) -> list[tuple[str, str]]:
+        """(label, name) of every model at hand, the chosen folder among them."""
+        chosen = self.choice.settings
+        installed = catalogue.installed(chosen.data_dir)
+        here = [(i18n.text(language, m.label) if m.label else m.name, m.name) for m in installed]
+        if chosen.model and chosen.model not in [name for _, name in here]:
+            here.append((Path(chosen.model).name, chosen.model))
+        return here
+
+    def devices(self, language: str) -> list[tuple[str, str]]:
+        """(label, name) of every device this machine has, "auto" first."""
+        cards = self.meter.read(None).cards
+        names = ["auto", "cpu"] + [f"cuda:{card.index}" for card in cards] + (["mixed"] if cards else [])
+        if sys.platform == "darwin" and platform.machine() == "arm64":
+            names.append("mps")
+        labels = {f"cuda:{card.index}": f"{card.name} (cuda:{card.index})" for card in cards}
+        return [(labels.get(n) or i18n.text(language, f"settings.device_{n}"), n) for n in names]
+
+    @property
+    def cores(self) -> int:
+        return count_physical_cores()
+
+    def choose(self, **changes: Any) -> None:
+        """Check, keep and save what the page changed; the engine takes it up with the next message."""
+        self.choice.change(**changes)
+        if "idle_minutes" in changes:
+            self.service.engine.set_idle_seconds(changes["idle_minutes"] * 60)
+
+    def unload(self) -> tuple[int | None, int | None]:
+        """End the engine process: bytes it held before and holds after, or (None, None) if it slept."""
+        info = self.service.engine.info()
+        if info.pid is None:
+            return None, None
+        before = self.meter.read(info.pid).engine_rss
+        self.service.engine.unload()
+        return before, self.meter.read(info.pid).engine_rss or 0
+
+    def send(self, conversation_id: str, text: str, settings: ChatSettings, tab: str) -> str:
+        """Send, in a new conversation where there is none yet; its id."""
+        self.service.check(text)
+        if not conversation_id:
+            conversation_id = self.service.new_conversation(settings).id
+        self.service.send(conversation_id, text, client=tab)
+        return conversation_id

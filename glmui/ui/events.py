@@ -1,0 +1,234 @@
+"""What happens at each event of the page: the desk acts, present.py words it, here it becomes updates.
+
+Every function returns updates for the components its event was wired to in page.py, in that order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+
+from glmui.errors import GlmuiError, InvalidInput
+from glmui.types import ChatSettings
+from glmui.ui import present, settings_area
+from glmui.ui.desk import PAGE_OF_MESSAGES, Desk, View
+from glmui.ui.words import Words
+
+Updates = Any  # one value, or a tuple with one for each output
+
+
+def told(method: Callable[..., Updates]) -> Callable[..., Updates]:
+    """An error for the reader becomes a notice on the page, and nothing else changes."""
+
+    @wraps(method)
+    def wrapper(self: Events, *args: Any) -> Updates:
+        try:
+            return method(self, *args)
+        except GlmuiError as error:
+            raise gr.Error(error.message(self.language), print_exception=False) from None
+
+    return wrapper
+
+
+class Events:
+    def __init__(self, desk: Desk, words: Words) -> None:
+        self.desk = desk
+        self.words = words
+        self.language = words.language
+
+    # Conversations. "Here" is: current, how many messages are shown, the conversation's settings.
+
+    def _here(self, conversation_id: str) -> tuple[Updates, ...]:
+        settings = self.desk.service.settings_of(conversation_id) if conversation_id else None
+        spread = settings_area.spread(settings) if settings else [gr.skip()] * len(settings_area.NAMES)
+        return (conversation_id, PAGE_OF_MESSAGES, *spread)
+
+    @told
+    def opened(self, wished: str, tab: str, width: int) -> Updates:
+        chosen = self.desk.choice.settings
+        models = self.desk.models(self.language)
+        return (
+            *self._here(self.desk.open_conversation(wished)),
+            tab,
+            gr.Sidebar(open=width > 900),
+            gr.Sidebar(open=width > 1200),
+            gr.update(choices=models, value=chosen.model or None),
+            chosen.device,
+            chosen.threads,
+            chosen.quantize,
+            chosen.idle_minutes,
+        )
+
+    @told
+    def new(self) -> Updates:
+        return self._here("")
+
+    @told
+    def select(self, event: gr.EventData) -> Updates:
+        return self._here(event.id)
+
+    @told
+    def rename(self, event: gr.EventData) -> None:
+        self.desk.service.rename(event.id, event.title)
+
+    @told
+    def delete(self, current: str, event: gr.EventData) -> Updates:
+        self.desk.service.delete(event.id)
+        here = self._here("") if event.id == current else (gr.skip(),) * (2 + len(settings_area.NAMES))
+        return event.id, gr.update(visible=True), *here
+
+    @told
+    def undo(self, deleted: str) -> Updates:
+        self.desk.service.restore(deleted)
+        return gr.update(visible=False), *self._here(deleted)
+
+    # Asking
+
+    @told
+    def send(self, current: str, text: str, tab: str, *values: Any) -> Updates:
+        try:
+            sent = self.desk.send(current, text, settings_area.gather(values), tab)
+        except InvalidInput as error:
+            if error.code != "empty_message":
+                raise
+            return gr.skip(), gr.update(placeholder=error.message(self.language))
+        return sent, gr.update(value="", placeholder=self.words("chat.placeholder"))
+
+    @told
+    def stop(self, current: str) -> None:
+        self.desk.service.stop(current)
+
+    @told
+    def regenerate(self, current: str, tab: str) -> None:
+        self.desk.service.regenerate(current, client=tab)
+
+    @told
+    def resume(self, current: str, tab: str) -> None:
+        if reply := self.desk.view(current).last_reply:
+            self.desk.service.resume(reply.id, client=tab)
+
+    def versions(self, step: int) -> Callable[[str], None]:
+        @told
+        def show(self: Events, current: str) -> None:
+            self.desk.show_version(current, step)
+
+        return lambda current: show(self, current)
+
+    # Following
+
+    async def follow(self, tab: str, current: str, shown: int) -> AsyncIterator[Updates]:
+        before: tuple[Updates, ...] = ()
+        try:
+            async for view in self.desk.follow(tab, current, shown):
+                after = self._view(view)
+                yield tuple(
+                    gr.skip() if i < len(before) and before[i] == new else new for i, new in enumerate(after)
+                )
+                before = after
+        except GlmuiError as error:
+            raise gr.Error(error.message(self.language), print_exception=False) from None
+
+    def _view(self, view: View) -> tuple[Updates, ...]:
+        last = view.last_reply
+        several = bool(last and last.versions > 1 and not view.live)
+        return (
+            present.thread(view.messages, view.live, self.language),
+            present.status(view.live, view.place, last, self.language),
+            gr.update(submit_btn=not view.live, stop_btn=bool(view.live)),
+            gr.update(visible=view.earlier > 0),
+            gr.update(visible=several),
+            gr.update(visible=several, value=f"{last.version} / {last.versions}" if last else ""),
+            gr.update(visible=several),
+            gr.update(visible=view.can_continue),
+            gr.update(visible=bool(view.messages) and not view.live),
+        )
+
+    # Settings
+
+    @told
+    def keep_settings(self, current: str, *values: Any) -> None:
+        if current:
+            self.desk.service.set_settings(current, settings_area.gather(values))
+
+    @told
+    def reset(self, current: str) -> Updates:
+        if current:
+            self.desk.service.set_settings(current, ChatSettings())
+        return settings_area.spread(ChatSettings())
+
+    @told
+    def choose(self, model: str, device: str, threads: float | None, quantize: str, idle: float) -> None:
+        self.desk.choose(
+            model=model or "",
+            device=device,
+            threads=int(threads) if threads else None,
+            quantize=quantize,
+            idle_minutes=idle or 0,
+        )
+
+    @told
+    def use_folder(self, folder: str) -> Updates:
+        self.desk.choose(model=(folder or "").strip() or None)
+        chosen = self.desk.choice.settings.model
+        return "", gr.update(choices=self.desk.models(self.language), value=chosen)
+
+    @told
+    def unload(self) -> Updates:
+        before, after = self.desk.unload()
+        if before is None:
+            return self.words("settings.nothing_loaded")
+        return self.words("settings.freed", before=present.size(before), after=present.size(after))
+
+    @told
+    def get_starter(self) -> None:
+        self.desk.download.start()
+
+    def cancel_download(self) -> None:
+        self.desk.download.cancel()
+
+    # The pulse of the page
+
+    def tick(self, tab: str, current: str, seen: str, pulse: int, query: str) -> Updates:
+        service, chosen = self.desk.service, self.desk.choice.settings
+        info = service.engine.info()
+        news = f"{service.changes}|{current}|{query}|{chosen.model}|{time.strftime('%j')}"
+        changed = news != seen
+        rows = service.store.conversations(query) if changed else []
+        return (
+            present.meter(self.desk.meter.read(info.pid), self.language),
+            present.engine(info, chosen.model, service.running(), self.language),
+            present.conversations(rows, current, self.language) if changed else gr.skip(),
+            news if changed else gr.skip(),
+            pulse + 1 if self.desk.needs_follower(tab, current) else gr.skip(),
+            gr.update(choices=self.desk.models(self.language), value=chosen.model or None)
+            if changed
+            else gr.skip(),
+            gr.update(visible=bool(chosen.model)) if changed else gr.skip(),
+            gr.update(visible=not chosen.model) if changed else gr.skip(),
+            *self._download(),
+        )
+
+    def _download(self) -> tuple[Updates, ...]:
+        download = self.desk.download
+        words = ""
+        if download.progress:
+            words = present.line(
+                "busy", present.stage(download.progress, 0, self.language), download.progress.fraction
+            )
+        elif download.error:
+            words = present.line("error", download.error.message(self.language))
+        return (
+            gr.update(interactive=not download.progress),
+            gr.update(visible=bool(download.progress)),
+            words,
+        )
+
+    def banner(self) -> Updates:
+        """What must be said once: the database was restored from a backup, or is open for reading only."""
+        notice = self.desk.service.store.notice
+        text = notice.message(self.language) if notice else ""
+        return gr.update(value=text, visible=bool(text))

@@ -1,0 +1,162 @@
+"""The page put together: areas side by side, and which event calls what. One copy for each language."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from glmui.ui import chat_area, list_area, settings_area, welcome_area
+from glmui.ui.desk import PAGE_OF_MESSAGES, Desk
+from glmui.ui.events import Events
+from glmui.ui.words import Words
+
+TICK_SECONDS = 2
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+QUICK: dict[str, Any] = {**PRIVATE, "queue": False}  # answered at once, beside the queue
+ACT: dict[str, Any] = {
+    **PRIVATE,
+    "concurrency_limit": None,
+}  # through the queue, which alone can show a notice
+
+
+def build(desk: Desk, language: str, assets: Path) -> gr.Blocks:
+    """The page in one language."""
+    words = Words(language)
+    with gr.Blocks(title="glmui", fill_height=True, analytics_enabled=False) as blocks:
+        _Wiring(desk, words, assets).wire(blocks)
+    return blocks
+
+
+class _Wiring:
+    def __init__(self, desk: Desk, words: Words, assets: Path) -> None:
+        self.do = Events(desk, words)
+        self.current = gr.Textbox(visible="hidden", elem_id="current")  # the conversation shown, "" a new one
+        self.tab = gr.Textbox(visible="hidden")
+        self.shown = gr.Number(PAGE_OF_MESSAGES, visible="hidden", precision=0)  # messages, at most
+        self.seen = gr.Textbox(visible="hidden")  # what the list at the side was made of
+        self.pulse = gr.Number(0, visible="hidden", precision=0)  # moves when a follower is needed
+        with gr.Sidebar(position="left", width=280, open=False, elem_id="left") as self.left:
+            self.list = list_area.build(words, assets)
+        with gr.Sidebar(position="right", width=320, open=False, elem_id="right") as self.right:
+            self.settings = settings_area.build(words, desk.devices(words.language), desk.cores)
+        with gr.Column(elem_id="middle"):
+            self.chat = chat_area.build(words)
+            self.welcome = welcome_area.build(words)
+        # What opening a conversation sets:
+        self.here = [self.current, self.shown, *self.settings.of_conversation]
+
+    def wire(self, blocks: gr.Blocks) -> None:
+        self._opening(blocks)
+        self._asking()
+        self._conversations()
+        self._conversation_settings()
+        self._model()
+        self._ticking()
+
+    def _then_follow(self, event: Any) -> None:
+        """After the event: the address names the conversation, and the thread is followed while it grows."""
+        event.success(None, self.current, None, js="(id) => { window.glmui.address(id); }", **QUICK)
+        event.success(**self._follow())
+
+    def _follow(self) -> dict[str, Any]:
+        chat = self.chat
+        return {
+            "fn": self.do.follow,
+            "inputs": [self.tab, self.current, self.shown],
+            "outputs": [
+                chat.thread, chat.status, chat.box, chat.earlier,
+                chat.previous, chat.version, chat.following, chat.resume, chat.regenerate,
+            ],
+            "trigger_mode": "multiple",
+            **ACT,
+        }  # fmt: skip
+
+    def _opening(self, blocks: gr.Blocks) -> None:
+        ours = self.settings
+        engine = [ours.model, ours.device, ours.threads, ours.quantize, ours.idle]
+        where = "() => [window.glmui.wished(), window.glmui.tab(), window.innerWidth]"
+        opened = blocks.load(
+            self.do.opened,
+            [self.current, self.tab, self.shown],
+            [*self.here, self.tab, self.left, self.right, *engine],
+            js=where,
+            **QUICK,
+        )
+        self._then_follow(opened)
+        blocks.load(self.do.banner, None, self.chat.banner, **QUICK)
+
+    def _asking(self) -> None:
+        do, chat = self.do, self.chat
+        asked = [self.current, chat.box, self.tab, *self.settings.of_conversation]
+        self._then_follow(chat.box.submit(do.send, asked, [self.current, chat.box], **ACT))
+        chat.box.stop(do.stop, self.current, None, **ACT)
+        for button, act in ((chat.regenerate, do.regenerate), (chat.resume, do.resume)):
+            self._then_follow(button.click(act, [self.current, self.tab], None, **ACT))
+        for button, step in ((chat.previous, -1), (chat.following, 1)):
+            self._then_follow(button.click(do.versions(step), self.current, None, **ACT))
+        more = chat.earlier.click(lambda shown: shown + PAGE_OF_MESSAGES, self.shown, self.shown, **QUICK)
+        self._then_follow(more)
+
+    def _conversations(self) -> None:
+        do, side = self.do, self.list
+        self._then_follow(side.new.click(do.new, None, self.here, **QUICK))
+        self._then_follow(side.rows.select(do.select, None, self.here, **ACT))
+        side.rows.edit(do.rename, None, None, **ACT)
+        deleted = side.rows.delete(do.delete, self.current, [side.deleted, side.undo, *self.here], **ACT)
+        self._then_follow(deleted)
+        self._then_follow(side.undo.click(do.undo, side.deleted, [side.undo, *self.here], **ACT))
+
+    def _conversation_settings(self) -> None:
+        do, ours = self.do, self.settings
+        numbers = [*ours.sliders, ours.rounds, ours.tokens]
+        changes = [slider.release for slider in numbers] + [slider.input for slider in numbers]
+        gr.on(
+            [*changes, ours.history.input, ours.system.blur],
+            do.keep_settings,
+            [self.current, *ours.of_conversation],
+            None,
+            trigger_mode="always_last",
+            **ACT,
+        )
+        ours.reset.click(do.reset, self.current, ours.of_conversation, **ACT)
+        ours.history.change(
+            lambda mode: (gr.update(visible=mode == "rounds"), gr.update(visible=mode == "tokens")),
+            ours.history,
+            [ours.rounds, ours.tokens],
+            **QUICK,
+        )
+
+    def _model(self) -> None:
+        do, ours, welcome = self.do, self.settings, self.welcome
+        engine = [ours.model, ours.device, ours.threads, ours.quantize, ours.idle]
+        changes = [
+            ours.model.input,
+            ours.device.input,
+            ours.quantize.input,
+            ours.threads.blur,
+            ours.idle.blur,
+        ]
+        gr.on(changes, do.choose, engine, None, trigger_mode="always_last", **ACT)
+        for area in (ours, welcome):
+            asked = [area.use_folder.click, area.folder.submit]
+            gr.on(asked, do.use_folder, area.folder, [area.folder, ours.model], **ACT)
+        ours.unload.click(do.unload, None, ours.freed, **ACT)
+        welcome.get_starter.click(do.get_starter, None, None, **ACT)
+        welcome.cancel.click(do.cancel_download, None, None, **QUICK)
+
+    def _ticking(self) -> None:
+        side, chat, welcome = self.list, self.chat, self.welcome
+        tick: dict[str, Any] = {
+            "fn": self.do.tick,
+            "inputs": [self.tab, self.current, self.seen, self.pulse, side.search],
+            "outputs": [
+                side.meter, chat.chip, side.rows, self.seen, self.pulse, self.settings.model,
+                chat.thread, welcome.panel, welcome.get_starter, welcome.cancel, welcome.progress,
+            ],
+            **QUICK,
+        }  # fmt: skip
+        gr.Timer(TICK_SECONDS).tick(**tick, trigger_mode="once")
+        gr.on([side.search.change, self.current.change], **tick, trigger_mode="always_last")
+        self.pulse.change(**self._follow())

@@ -1,0 +1,193 @@
+"""What the page shows, made of what is: pure functions from values to words and small HTML."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from glmui import errors, i18n
+from glmui.jobs import Job
+from glmui.meter import Reading
+from glmui.store import Conversation, StoredMessage
+from glmui.types import EngineInfo, Progress
+from glmui.ui.markdown import for_display
+
+WARN, FULL = 0.85, 0.95  # parts of a meter's bar at which its colour turns
+
+
+def size(count: int | None) -> str:
+    """Bytes as GB with one decimal, or MB below 1 GB."""
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+# The thread
+
+
+def thread(messages: Sequence[StoredMessage], live: Job | None, language: str) -> list[dict[str, Any]]:
+    """Chatbot messages. The reply being written is taken from its job, the others as they are saved."""
+    return [_message(m, live if live and live.reply_id == m.id else None, language) for m in messages]
+
+
+def _message(message: StoredMessage, live: Job | None, language: str) -> dict[str, Any]:
+    if live:
+        notes = [live.save_error.message(language)] if live.save_error else []
+        content = for_display(live.content) or "…"
+    else:
+        notes = footnotes(message, language)
+        content = for_display(message.content)
+    lines = "".join(f"\n\n<small>{html.escape(note)}</small>" for note in notes)
+    return {"role": message.role, "content": (content + lines).strip() or "—"}
+
+
+def footnotes(message: StoredMessage, language: str) -> list[str]:
+    """What must be said under a saved reply: why it ended early, what was left out before it."""
+    say = partial(i18n.text, language)
+    notes = []
+    if message.left_out:
+        notes.append(say("notes.left_out", rounds=message.left_out))
+    if message.error:
+        notes.append(errors.from_values(*message.error).message(language))
+    elif message.state in ("stopped", "interrupted"):
+        notes.append(say(f"notes.{message.state}"))
+    elif message.finish_reason == "length":
+        notes.append(say("notes.length"))
+    if message.note:
+        notes.append(say(f"notes.{message.note}"))
+    return notes
+
+
+# The line under the thread
+
+
+def status(live: Job | None, place: int, last: StoredMessage | None, language: str) -> str:
+    """One line: what the engine is doing for this conversation, or what the last reply took."""
+    say = partial(i18n.text, language)
+    if live is None:
+        return line("", _usage(last, language))
+    if live.progress:
+        return line("busy", stage(live.progress, place, language), live.progress.fraction)
+    speed = live.tokens_per_second
+    words = say("status.writing", tokens=live.tokens)
+    return line("busy", words + (f" · {speed:.1f} {say('status.per_second')}" if speed else ""))
+
+
+def stage(progress: Progress, place: int, language: str) -> str:
+    """What is being done, with how much of it is done where that is known."""
+    if progress.stage == "queued" and place:
+        return i18n.text(language, "status.waiting", before=place)
+    words = i18n.text(language, f"status.{progress.stage}")
+    return words if progress.fraction is None else f"{words} {progress.fraction:.0%}"
+
+
+def _usage(last: StoredMessage | None, language: str) -> str:
+    if last is None or last.usage is None:
+        return ""
+    usage = last.usage
+    return i18n.text(
+        language,
+        "status.usage",
+        prompt=usage.prompt_tokens,
+        tokens=usage.completion_tokens,
+        speed=f"{usage.tokens_per_second:.1f}",
+        first=f"{usage.first_token_seconds:.1f}",
+    )
+
+
+def line(kind: str, words: str, fraction: float | None = None) -> str:
+    """A line of small print with an optional bar; kind: "", "busy" or "error"."""
+    bar = "" if fraction is None else f'<i class="fill" style="width:{fraction:.0%}"></i>'
+    return f'<div class="status {kind}" role="status"><span>{html.escape(words)}</span>{bar}</div>'
+
+
+# The list at the side
+
+
+def conversations(rows: Sequence[Conversation], current: str, language: str) -> dict[str, Any]:
+    """What the list's template shows."""
+    return {
+        "rows": [
+            {
+                "id": row.id,
+                "title": row.title or i18n.text(language, "list.untitled"),
+                "when": when(row.updated_at, language),
+                "current": row.id == current,
+            }
+            for row in rows
+        ],
+        "empty": i18n.text(language, "list.empty"),
+        "rename": i18n.text(language, "list.rename"),
+        "delete": i18n.text(language, "list.delete"),
+    }
+
+
+def when(moment: float, language: str, now: float | None = None) -> str:
+    """A time as people say it: today 14:05, yesterday, or the date."""
+    then, today = time.localtime(moment), time.localtime(now or time.time())
+    days = (_midnight(today) - _midnight(then)) / 86400
+    if days < 0.5:
+        return time.strftime("%H:%M", then)
+    if days < 1.5:
+        return i18n.text(language, "list.yesterday")
+    return time.strftime("%m-%d" if then.tm_year == today.tm_year else "%Y-%m-%d", then)
+
+
+def _midnight(moment: time.struct_time) -> float:
+    return time.mktime((*moment[:3], 0, 0, 0, 0, 0, -1))
+
+
+# Engine and meter
+
+
+def engine(info: EngineInfo, chosen: str, running: int, language: str) -> str:
+    """The chip at the top: which model, and whether it is awake."""
+    say = partial(i18n.text, language)
+    state = "busy" if running and info.state == "ready" else info.state
+    where = " · ".join(filter(None, [model_name(chosen), info.device]))
+    why = say(info.reason, device=info.device, dtype=info.dtype) if info.reason else ""
+    return (
+        f'<div class="chip {state}" title="{html.escape(why)}"><b></b>'
+        f"<span>{html.escape(where or say('engine.none'))}</span>"
+        f"<em>{html.escape(say(f'engine.{state}'))}</em></div>"
+    )
+
+
+def model_name(model: str) -> str:
+    """A model as the user knows it: a catalogue name, or the last part of its folder."""
+    return model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def meter(reading: Reading, language: str) -> str:
+    """Bars for each card, or for RAM where there is no card."""
+    say = partial(i18n.text, language)
+    bars = [
+        _bar(
+            card.name or say("meter.card", index=card.index),
+            card.used,
+            card.total,
+            say("meter.own", size=size(card.own)) if card.own else "",
+        )
+        for card in reading.cards
+    ]
+    if reading.gpu_error == "unknown" and not bars:
+        bars.append(_bar(say("meter.vram"), None, None, say("meter.unknown")))
+    own = say("meter.own", size=size(reading.engine_rss)) if reading.engine_rss else ""
+    bars.append(_bar(say("meter.ram"), reading.ram_used, reading.ram_total, own))
+    return f'<div class="meter">{"".join(bars)}</div>'
+
+
+def _bar(name: str, used: int | None, total: int | None, note: str) -> str:
+    known = used is not None and bool(total)
+    part = used / total if used is not None and total else 0.0
+    level = "full" if part >= FULL else "warn" if part >= WARN else "calm"
+    numbers = f"{size(used)} / {size(total)}" if known else ""
+    label = html.escape(" · ".join(filter(None, [numbers, note])))
+    return (
+        f'<div class="bar {level}"><span>{html.escape(name)}</span><span>{label}</span>'
+        f'<div role="meter" aria-label="{html.escape(name)}" aria-valuemin="0" aria-valuemax="100"'
+        f' aria-valuenow="{part * 100:.0f}"><i style="width:{part:.0%}"></i></div></div>'
+    )

@@ -1,0 +1,150 @@
+"""The right side: which model on what, how it answers, what it is shown, and the page's own looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import gradio as gr
+
+from glmui.types import BOUNDS, ChatSettings, GenerationParams
+from glmui.ui.words import Words
+
+# slider: (name, lowest, highest, step); the page's reach may be narrower than BOUNDS
+SLIDERS = (
+    ("max_length", 256, 8192, 64),
+    ("temperature", *BOUNDS["temperature"], 0.05),
+    ("top_p", 0.05, BOUNDS["top_p"][1], 0.05),
+    ("top_k", 0, 200, 1),
+    ("repetition_penalty", *BOUNDS["repetition_penalty"], 0.05),
+)
+PARAMS = tuple(name for name, *_ in SLIDERS)
+NAMES = (*PARAMS, "history", "history_rounds", "history_tokens", "system")
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsArea:
+    model: gr.Dropdown
+    folder: gr.Textbox
+    use_folder: gr.Button
+    device: gr.Dropdown
+    threads: gr.Number
+    quantize: gr.Dropdown
+    idle: gr.Number
+    unload: gr.Button
+    freed: gr.Markdown
+    sliders: tuple[gr.Slider, ...]
+    history: gr.Radio
+    rounds: gr.Slider
+    tokens: gr.Slider
+    system: gr.Textbox
+    reset: gr.Button
+
+    @property
+    def of_conversation(self) -> list[gr.Component]:
+        """What each conversation keeps for itself, in the order `gather` and `spread` speak of it."""
+        return [*self.sliders, self.history, self.rounds, self.tokens, self.system]
+
+
+def gather(values: Sequence[object]) -> ChatSettings:
+    """The components' values as settings. Raises InvalidInput when one is out of bounds."""
+    *numbers, history, rounds, tokens, system = values
+    named = dict(zip(PARAMS, numbers, strict=True))
+    whole = {name: int(value) for name, value in named.items() if name in ("max_length", "top_k")}  # type: ignore[call-overload]
+    return ChatSettings(
+        params=GenerationParams(**{**named, **whole}),
+        system=str(system or ""),
+        history=history,  # type: ignore[arg-type]
+        history_rounds=int(rounds),  # type: ignore[call-overload]
+        history_tokens=int(tokens),  # type: ignore[call-overload]
+    )
+
+
+def spread(settings: ChatSettings) -> list[object]:
+    """Settings as the components' values."""
+    return [getattr(settings.params if name in PARAMS else settings, name) for name in NAMES]
+
+
+def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> SettingsArea:
+    default = ChatSettings()
+    with gr.Accordion(words("settings.model_section"), open=True):
+        model = gr.Dropdown(label=words("settings.model"), info=words("settings.model_info"), choices=[])
+        folder = gr.Textbox(
+            label=words("settings.folder"), info=words("settings.folder_info"), max_lines=1, elem_id="folder"
+        )
+        use_folder = gr.Button(words("settings.use_folder"), size="sm", elem_id="use-folder")
+        device = gr.Dropdown(
+            label=words("settings.device"), info=words("settings.device_info"), choices=list(devices)
+        )
+        threads = gr.Number(
+            label=words("settings.threads"),
+            info=words("settings.threads_info", cores=cores),
+            precision=0,
+            minimum=0,
+            maximum=1024,
+        )
+        quantize = gr.Dropdown(
+            label=words("settings.quantize"),
+            info=words("settings.quantize_info"),
+            choices=[(words(f"settings.quantize_{bits}"), bits) for bits in ("none", "int8", "int4")],
+        )
+        idle = gr.Number(label=words("settings.idle"), info=words("settings.idle_info"), minimum=0)
+        unload = gr.Button(words("settings.unload"), size="sm", elem_id="unload")
+        freed = gr.Markdown(elem_id="freed")
+    with gr.Accordion(words("settings.reply_section"), open=True):
+        sliders = tuple(
+            gr.Slider(
+                low,
+                high,
+                value=getattr(default.params, name),
+                step=step,
+                label=words(f"settings.{name}"),
+                info=words(f"settings.{name}_info"),
+                buttons=[],
+                elem_id=name.replace("_", "-"),
+            )
+            for name, low, high, step in SLIDERS
+        )
+    with gr.Accordion(words("settings.history_section"), open=True):
+        history = gr.Radio(
+            [(words(f"settings.history_{mode}"), mode) for mode in ("fit", "rounds", "tokens")],
+            value=default.history,
+            label=words("settings.history"),
+            info=words("settings.history_info"),
+        )
+        rounds = gr.Slider(
+            0,
+            50,
+            value=default.history_rounds,
+            step=1,
+            label=words("settings.rounds"),
+            buttons=[],
+            visible=False,
+        )
+        tokens = gr.Slider(
+            64,
+            8192,
+            value=default.history_tokens,
+            step=64,
+            label=words("settings.tokens"),
+            buttons=[],
+            visible=False,
+        )
+        system = gr.Textbox(
+            label=words("settings.system"),
+            info=words("settings.system_info"),
+            lines=2,
+            max_lines=8,
+            max_length=20_000,
+        )
+        reset = gr.Button(words("settings.reset"), size="sm", elem_id="reset")
+    other = "en" if words.language == "zh" else "zh"
+    gr.HTML(
+        f'<button type="button" data-glmui="language:{other}">{words("looks.language")}</button>'
+        f'<button type="button" data-glmui="theme">{words("looks.theme")}</button>',
+        elem_id="looks",
+    )
+    return SettingsArea(
+        model, folder, use_folder, device, threads, quantize, idle, unload, freed,
+        sliders, history, rounds, tokens, system, reset,
+    )  # fmt: skip

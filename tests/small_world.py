@@ -1,0 +1,54 @@
+"""A service in a temporary folder: the real store, the scripted engine in this process, no page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from glmui.chat import ChatService
+from glmui.engine.echo import EchoEngine
+from glmui.store import Store, StoredMessage
+from glmui.text import pieces
+from glmui.types import ChatSettings, EngineSpec
+
+ECHO = EngineSpec("echo", "echo")
+
+
+class Echo(EchoEngine):
+    """The scripted engine with what the client of an engine process has besides."""
+
+    closed = False
+
+    def configure(self, spec: EngineSpec) -> None:
+        self._spec = spec
+
+    def set_idle_seconds(self, seconds: float) -> None:
+        self.idle_seconds = seconds
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class World:
+    def __init__(self, folder: Path, spec: EngineSpec | None = ECHO) -> None:
+        self.folder = folder
+        self.engine = Echo()
+        self.store = Store.open(folder)
+        self.service = ChatService(self.store, self.engine, lambda: spec, lambda _: pieces.count)
+
+    def conversation(self, settings: ChatSettings | None = None) -> str:
+        return self.service.new_conversation(settings or ChatSettings()).id
+
+    def answer(self, conversation: str) -> StoredMessage:
+        """The last reply, once nothing is being written in the conversation any more."""
+        wait_for(lambda: self.service.live(conversation) is None)
+        return self.store.thread(conversation)[-1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until something is true; a test that waits in vain fails here."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
