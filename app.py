@@ -1,0 +1,8 @@
+"""Starts glmui: `python app.py`, flags as `python app.py --help` tells."""
+
+if __name__ == "__main__":  # the engine process imports this file again, and must then do nothing
+    import sys
+
+    from glmui.cli import main
+
+    sys.exit(main())

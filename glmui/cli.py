@@ -1,0 +1,148 @@
+"""The command line: flags in, exit code out. Every heavy import waits inside the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from typing import Any
+
+from glmui import __version__, i18n
+from glmui.errors import GlmuiError
+
+log = logging.getLogger(__name__)
+
+Flag = tuple[str, dict[str, Any]]  # its name, and what argparse is to know of it
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+COMMON: tuple[Flag, ...] = (
+    ("--data-dir", {"metavar": "DIR"}),
+    ("--device", {"metavar": "auto|cpu|cuda|cuda:N|mps|mixed"}),
+    ("--threads", {"metavar": "N", "type": int}),
+    ("--log-level", {"choices": LOG_LEVELS}),
+)
+SERVE: tuple[Flag, ...] = (
+    ("--host", {"metavar": "ADDRESS"}),
+    ("--port", {"metavar": "N", "type": int}),
+    ("--no-browser", {"dest": "browser", "action": "store_false", "default": None}),
+    ("--model", {"metavar": "NAME|DIR"}),
+    ("--starter", {"action": "store_true", "default": None}),
+    ("--idle-minutes", {"metavar": "N", "type": float}),
+    *COMMON,
+)
+PARAMS: tuple[Flag, ...] = (
+    ("--max-length", {"metavar": "N", "type": int}),
+    ("--max-new-tokens", {"metavar": "N", "type": int}),
+    ("--temperature", {"metavar": "X", "type": float}),
+    ("--top-p", {"metavar": "X", "type": float}),
+    ("--top-k", {"metavar": "N", "type": int}),
+    ("--repetition-penalty", {"metavar": "X", "type": float}),
+    ("--seed", {"metavar": "N", "type": int}),
+)
+CHAT: tuple[Flag, ...] = (
+    ("--model", {"metavar": "NAME|DIR"}),
+    ("--prompt", {"metavar": "TEXT"}),
+    ("--system", {"metavar": "TEXT", "default": ""}),
+    ("--greedy", {"action": "store_true"}),
+    ("--json", {"action": "store_true"}),
+    *PARAMS,
+    *COMMON,
+)
+
+
+def serve(options: argparse.Namespace, language: str) -> int:
+    """The page. `language` is the terminal's."""
+    from glmui import server, settings
+
+    names = ("host", "port", "browser", "model", "starter", "idle_minutes", *_COMMON_SETTINGS)
+    return server.serve(settings.load(**{name: getattr(options, name) for name in names}), language)
+
+
+def chat(options: argparse.Namespace, language: str) -> int:
+    """One answer, or a conversation in the terminal."""
+    from glmui import settings
+    from glmui.errors import InvalidInput
+    from glmui.tools.chat import Wish, run
+    from glmui.types import GenerationParams
+
+    loaded = settings.load(**{name: getattr(options, name) for name in ("model", *_COMMON_SETTINGS)})
+    if not loaded.model:
+        raise InvalidInput("model_not_named")
+    if options.json and options.prompt is None:
+        raise InvalidInput("json_needs_prompt")
+    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in PARAMS]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    params = GenerationParams(**{**given, **({"temperature": 0.0} if options.greedy else {})})
+    return run(Wish(loaded.model, options.prompt, params, options.system, options.json), loaded, language)
+
+
+_COMMON_SETTINGS = ("data_dir", "device", "threads", "log_level")
+
+
+@dataclass(frozen=True)
+class Command:
+    flags: tuple[Flag, ...]
+    run: Callable[[argparse.Namespace, str], int]
+
+
+COMMANDS = {"serve": Command(SERVE, serve), "chat": Command(CHAT, chat)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; what goes wrong is said in one sentence of the terminal's language."""
+    language = i18n.of_terminal()
+    _print_anything()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
+    options = _parser(name, language).parse_args(arguments)
+    try:
+        return COMMANDS[name].run(options, language)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if options.log_level == "debug":
+            raise
+        return _explain(error, language)
+
+
+def _explain(error: Exception, language: str) -> int:
+    if not isinstance(error, GlmuiError):
+        log.error("glmui ended by an error", exc_info=error)
+        error = GlmuiError("internal", detail=repr(error))
+    print(error.message(language), file=sys.stderr)
+    return error.exit_code
+
+
+def _print_anything() -> None:
+    """A terminal that cannot show a character gets a question mark, not an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            with contextlib.suppress(ValueError):
+                stream.reconfigure(errors="replace")
+
+
+def _parser(name: str, language: str) -> argparse.ArgumentParser:
+    def say(key: str, **values: Any) -> str:
+        return i18n.text(language, f"cli.{key}", **values)
+
+    commands = "\n".join(f"  {one:<8} {say(f'{one}.about')}" for one in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="glmui" if name == "serve" else f"glmui {name}",
+        description=say(f"{name}.about"),
+        epilog=say("commands", commands=commands) if name == "serve" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    flags = parser.add_argument_group(say("flags_title"))
+    for flag, details in COMMANDS[name].flags:
+        flags.add_argument(flag, help=say(f"flags.{flag.removeprefix('--')}"), **details)
+    flags.add_argument(
+        "--version", action="version", version=f"glmui {__version__}", help=say("flags.version")
+    )
+    flags.add_argument("-h", "--help", action="help", help=say("flags.help"))
+    return parser

@@ -1,0 +1,440 @@
+"""The page as a reader meets it: one server, Chromium, the starter model and the scripted engine.
+
+`./launch.sh test` runs these where Chromium is found; with CI set, a missing browser is a failure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 30_000  # ms: the machine may be busy with other tests
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not CHROMIUM and not os.environ.get("CI"), reason="no Chromium here (Debian: chromium)"
+    ),
+]
+
+
+@dataclass
+class App:
+    """A running `python app.py`, and every address its pages asked for."""
+
+    process: subprocess.Popen[str]
+    port: int
+    data: Path
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def engine(self) -> psutil.Process:
+        """The engine process: the child that is not multiprocessing's resource tracker."""
+        children = psutil.Process(self.process.pid).children()
+        return next(c for c in children if "resource_tracker" not in " ".join(c.cmdline()))
+
+    def saved(self, like: str) -> list[tuple[str, str]]:
+        """(state, content) of saved replies whose text is like this."""
+        with sqlite3.connect(f"file:{self.data / 'glmui.db'}?mode=ro", uri=True) as connection:
+            query = "SELECT state, content FROM messages WHERE role = 'assistant' AND content LIKE ?"
+            rows = connection.execute(query, (like,)).fetchall()
+        connection.close()
+        return rows
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, starter_data: Path) -> Iterator[App]:
+    """No model is chosen yet; the starter lies ready, so that fetching it takes no second download."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "models").mkdir()
+    (data / "models" / "starter").symlink_to(starter_data / "models" / "starter")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        str(ROOT / "app.py"),
+        "--no-browser",
+        "--port",
+        str(port),
+        "--data-dir",
+        str(data),
+    ]
+    environment = {**os.environ, "LANG": "C.UTF-8", "PYTHONWARNINGS": "default"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    app = App(process, port, data)
+    _wait_until_ready(app)
+    yield app
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=10)
+    assert time.monotonic() - began < 5, "SIGTERM with pages open took too long"
+    assert "Traceback" not in out
+    log = (data / "logs" / "glmui.log").read_text(encoding="utf-8")
+    assert "Traceback" not in log, log
+
+
+def _wait_until_ready(app: App) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(f"{app.address}glmui/whoami", timeout=5) as answer:
+                if b'"ready": true' in answer.read().replace(b'":true', b'": true'):
+                    return
+        except OSError:
+            pass
+        assert app.process.poll() is None, app.process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError("the app did not come up")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser, app: App) -> Iterator[BrowserContext]:
+    yield from _context(browser, app, {"width": 1440, "height": 900})
+
+
+@pytest.fixture
+def phone(browser: Browser, app: App) -> Iterator[BrowserContext]:
+    yield from _context(browser, app, {"width": 390, "height": 844})
+
+
+def _context(browser: Browser, app: App, size: dict[str, int]) -> Iterator[BrowserContext]:
+    context = browser.new_context(viewport=size, locale="en-US")  # type: ignore[arg-type]
+    context.on("request", lambda request: app.asked.append(request.url))
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+def opened(context: BrowserContext, app: App, path: str = "") -> Page:
+    page = context.new_page()
+    page.goto(app.address + path)
+    page.locator("#box textarea").wait_for()
+    expect(page.locator("#engine .chip")).to_be_visible(timeout=PATIENCE)
+    return page
+
+
+def say(page: Page, text: str) -> None:
+    box = page.locator("#box textarea")
+    box.fill(text)
+    box.press("Enter")
+
+
+# "/echo tokens=240" says "word " a hundred and twenty times: the word and the blank are a token each.
+
+
+def last_reply(page: Page) -> str:
+    return page.locator("#thread .bot-row .message").last.inner_text()
+
+
+def wait_for_text(page: Page, text: str | re.Pattern[str]) -> None:
+    expect(page.locator("#thread .bot-row .message").last).to_contain_text(text, timeout=PATIENCE)
+
+
+def wait_until_done(page: Page) -> None:
+    expect(page.locator("#box .submit-button")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#status .busy")).to_have_count(0, timeout=PATIENCE)
+
+
+def use_model(page: Page, name: str) -> None:
+    page.locator("#folder textarea, #folder input").fill(name)
+    page.locator("#use-folder").click()
+    expect(page.locator("#engine .chip")).to_contain_text(name, timeout=PATIENCE)
+
+
+# The tests below share the server and run in this order: the first finds no model chosen.
+
+
+@pytest.mark.starter
+def test_a_first_start_leads_to_the_starter_and_a_real_answer(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    expect(page.locator("#welcome")).to_be_visible(timeout=PATIENCE)
+    page.locator("#get-starter").click()
+    expect(page.locator("#engine .chip")).to_contain_text("starter", timeout=180_000)
+    expect(page.locator("#welcome")).to_be_hidden(timeout=PATIENCE)
+    page.locator("#temperature input[type=number]").fill("0")
+    page.locator("#temperature input[type=number]").press("Tab")
+    say(page, "What is the capital of France?")
+    expect(page.locator("#thread .user-row").last).to_contain_text("capital of France", timeout=5_000)
+    expect(page.locator("#thread .bot-row .message").last).to_contain_text("Paris", timeout=120_000)
+    wait_until_done(page)
+    expect(page.locator("#status")).to_contain_text("tokens/s")
+
+
+def test_a_reply_streams_and_stop_keeps_what_came(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    use_model(page, "echo")
+    say(page, "/echo tokens=2000 speed=40")
+    wait_for_text(page, "word word")
+    lengths = []
+    for _ in range(4):
+        lengths.append(len(last_reply(page)))
+        page.wait_for_timeout(400)
+    assert lengths == sorted(set(lengths)), "the text grows while it is written"
+    page.locator("#box .stop-button").click()
+    wait_for_text(page, "stopped")
+    wait_until_done(page)
+    page.locator("#resume").click()
+    wait_for_text(page, re.compile(r"You said|word$"))
+    wait_until_done(page)
+
+
+def test_markdown_code_and_formulas_are_shown_and_html_is_not_run(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "/echo markdown")
+    wait_for_text(page, "Euler")
+    wait_until_done(page)
+    reply = page.locator("#thread .bot-row .message").last
+    expect(reply.locator("table td").first).to_be_visible()
+    expect(reply.locator("pre code")).to_contain_text('print("hello")')
+    expect(reply.locator(".katex")).to_have_count(4)
+    say(page, "/echo script")
+    wait_for_text(page, "the rest of the reply")
+    wait_until_done(page)
+    assert "<script>" in last_reply(page)
+    assert page.evaluate("window.hacked") is None
+
+
+def test_enter_breaks_no_composition(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    box = page.locator("#box textarea")
+    box.fill("ni hao")
+    for kind, how in (("keydown", "keyCode: 229"), ("keypress", "isComposing: true")):
+        event = f"new KeyboardEvent('{kind}', {{key: 'Enter', {how}, bubbles: true, cancelable: true}})"
+        box.evaluate(f"(box) => box.dispatchEvent({event})")
+    page.wait_for_timeout(500)
+    expect(box).to_have_value("ni hao")
+    expect(page.locator("#thread .user-row")).to_have_count(0)
+    box.press("Shift+Enter")
+    box.press_sequentially("second line")
+    expect(box).to_have_value("ni hao\nsecond line")
+    box.press("Enter")
+    expect(page.locator("#thread .user-row")).to_have_count(1, timeout=PATIENCE)
+    wait_until_done(page)
+
+
+def test_an_empty_message_does_nothing_and_the_box_says_why(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "   ")
+    expect(page.locator("#box textarea")).to_have_attribute(
+        "placeholder", re.compile("empty"), timeout=PATIENCE
+    )
+    expect(page.locator("#thread .user-row")).to_have_count(0)
+
+
+def test_a_megabyte_is_refused_with_the_limit_and_stays_in_the_box(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    page.locator("#box textarea").evaluate("(box) => { box.value = 'x'.repeat(1_000_000); }")
+    page.locator("#box textarea").dispatch_event("input")
+    page.locator("#box .submit-button").click()
+    expect(page.locator(".toast-body")).to_contain_text("at most 200000", timeout=PATIENCE)
+    assert page.evaluate("document.querySelector('#box textarea').value.length") == 1_000_000
+
+
+def test_reload_in_mid_reply_loses_nothing(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "/echo tokens=240 speed=40")
+    wait_for_text(page, "word word")
+    page.reload()
+    wait_for_text(page, "word word")
+    before = len(last_reply(page))
+    page.wait_for_timeout(1000)
+    assert len(last_reply(page)) > before
+    wait_until_done(page)
+    assert last_reply(page).count("word") == 120
+
+
+def test_two_tabs_follow_one_reply_and_a_third_conversation_waits_its_turn(
+    context: BrowserContext, app: App
+) -> None:
+    first = opened(context, app)
+    say(first, "/echo tokens=300 speed=40")
+    wait_for_text(first, "word word")
+    second = opened(context, app, first.url.removeprefix(app.address))
+    wait_for_text(second, "word word")
+    other = opened(context, app)
+    say(other, "hello from another tab")
+    expect(other.locator("#status")).to_contain_text("Waiting", timeout=PATIENCE)
+    for page in (first, second):
+        wait_until_done(page)
+        assert last_reply(page).count("word") == 150
+    wait_for_text(other, "hello from another tab")
+    assert "another tab" not in first.locator("#thread").inner_text()
+
+
+def test_a_message_sent_in_one_tab_appears_in_the_other(context: BrowserContext, app: App) -> None:
+    first = opened(context, app)
+    say(first, "to be seen twice")
+    wait_for_text(first, "to be seen twice")
+    wait_until_done(first)
+    second = opened(context, app, first.url.removeprefix(app.address))
+    wait_for_text(second, "to be seen twice")
+    say(first, "news for both")
+    wait_for_text(second, "news for both")
+
+
+def test_a_closed_tab_does_not_end_its_reply(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "/echo tokens=120 speed=40")
+    wait_for_text(page, "word word")
+    address = page.url.removeprefix(app.address)
+    page.close()
+    time.sleep(4)
+    again = opened(context, app, address)
+    wait_until_done(again)
+    assert last_reply(again).count("word") == 60
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_a_killed_engine_costs_the_reply_only(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "/echo tokens=2000 speed=40")
+    wait_for_text(page, "word word word")
+    app.engine().kill()
+    expect(page.locator("#thread .bot-row .message").last).to_contain_text(re.compile("engine|memory"), timeout=5_000)
+    wait_until_done(page)
+    assert last_reply(page).count("word") >= 3
+    assert any(state == "error" and "word word" in text for state, text in app.saved("word word%"))
+    say(page, "are you back?")
+    wait_for_text(page, "You said: are you back?")
+
+
+def test_conversations_are_listed_renamed_searched_deleted_and_brought_back(
+    context: BrowserContext, app: App
+) -> None:
+    page = opened(context, app)
+    say(page, "关于量子计算的问题")
+    wait_until_done(page)
+    row = page.locator("ul.conversations li.current")
+    expect(row).to_contain_text("关于量子计算的问题", timeout=PATIENCE)
+    row.hover()
+    row.locator(".rename").click()
+    row.locator("input").fill("Quantum 笔记")
+    row.locator("input").press("Enter")
+    expect(page.locator("ul.conversations li.current")).to_contain_text("Quantum 笔记", timeout=PATIENCE)
+    page.locator("#search textarea, #search input").fill("量子")
+    expect(page.locator("ul.conversations li")).to_have_count(1, timeout=PATIENCE)
+    row = page.locator("ul.conversations li").first
+    row.hover()
+    row.locator(".delete").click()
+    expect(page.locator("ul.conversations li .title")).to_have_count(0, timeout=PATIENCE)
+    expect(page.locator("#thread .user-row")).to_have_count(0, timeout=PATIENCE)
+    page.locator("#undo").click()
+    expect(page.locator("ul.conversations li .title")).to_contain_text("Quantum 笔记", timeout=PATIENCE)
+    wait_for_text(page, "量子计算")
+
+
+def test_settings_belong_to_the_conversation(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "mine")
+    wait_until_done(page)
+    number = page.locator("#top-k input[type=number]")
+    number.fill("7")
+    number.press("Tab")
+    page.wait_for_timeout(500)
+    page.locator("#new").click()
+    expect(page.locator("#thread .user-row")).to_have_count(0, timeout=PATIENCE)
+    page.locator("#reset").click()
+    expect(number).to_have_value("50", timeout=PATIENCE)
+    page.locator("ul.conversations .title", has_text="mine").first.click()
+    expect(number).to_have_value("7", timeout=PATIENCE)
+
+
+def test_regenerate_keeps_versions_to_leaf_through(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "again please")
+    wait_until_done(page)
+    page.locator("#regenerate").click()
+    expect(page.locator("#version")).to_contain_text("2 / 2", timeout=PATIENCE)
+    page.locator("#previous").click()
+    expect(page.locator("#version")).to_contain_text("1 / 2", timeout=PATIENCE)
+
+
+def test_a_wrong_folder_is_named(context: BrowserContext, app: App, tmp_path: Path) -> None:
+    page = opened(context, app)
+    page.locator("#folder textarea, #folder input").fill(str(tmp_path))
+    page.locator("#use-folder").click()
+    expect(page.locator(".toast-body")).to_contain_text("config.json", timeout=PATIENCE)
+    expect(page.locator("#engine .chip")).to_contain_text("echo")
+
+
+def test_memory_is_given_back_on_request(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "wake up")
+    wait_for_text(page, "wake up")
+    wait_until_done(page)
+    engine = app.engine()
+    page.locator("#unload").click()
+    expect(page.locator("#freed")).to_contain_text("now 0 MB", timeout=PATIENCE)
+    assert not engine.is_running()
+
+
+def test_the_page_speaks_chinese_and_switches(browser: Browser, app: App) -> None:
+    context = browser.new_context(locale="zh-CN")
+    page = opened(context, app)
+    expect(page.locator("#new")).to_have_text(re.compile("新对话"))
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    page.locator("#looks button").first.click()
+    expect(page.locator("#new")).to_have_text(re.compile("New chat"), timeout=PATIENCE)
+    page.reload()
+    expect(page.locator("#new")).to_have_text(re.compile("New chat"), timeout=PATIENCE)
+    context.close()
+
+
+def test_a_phone_shows_the_chat_without_overlap(phone: BrowserContext, app: App) -> None:
+    page = opened(phone, app)
+    say(page, "/echo markdown")
+    wait_for_text(page, "Euler")
+    wait_until_done(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = [page.locator(s).bounding_box() for s in ("#engine", "#thread", "#below", "#box")]
+    assert all(boxes)
+    for upper, lower in itertools.pairwise(boxes):
+        assert upper is not None
+        assert lower is not None
+        assert upper["y"] + upper["height"] <= lower["y"] + 1
+    last = boxes[-1]
+    assert last is not None
+    assert last["y"] + last["height"] <= 844
+    page.locator("#left .toggle-button").click()
+    expect(page.locator("#new")).to_be_in_viewport(timeout=PATIENCE)
+
+
+def test_no_request_left_the_machine(app: App) -> None:
+    assert app.asked
+    hosts = {
+        re.sub(r"^(\w+:)//([^/]*).*$", r"\2", url) for url in app.asked if url.startswith(("http", "ws"))
+    }
+    assert hosts == {f"127.0.0.1:{app.port}"}
