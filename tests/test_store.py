@@ -357,3 +357,13 @@ def test_many_threads_write_and_read_at_once(store: Store):
         thread.join()
     assert errors == []
     assert all(len(store.thread(c.id)) == 20 for c in conversations)
+
+
+def test_a_long_thread_can_be_read_from_its_end(store: Store) -> None:
+    conversation = store.create_conversation().id
+    for number in range(5):
+        _, reply = store.begin_round(conversation, f"question {number}", "m")
+        store.finish_reply(reply.id, f"answer {number}", "done", "stop")
+    whole = store.thread(conversation)
+    assert store.thread(conversation, newest=3) == whole[-3:]
+    assert store.thread(conversation, newest=99) == whole

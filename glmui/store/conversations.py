@@ -122,11 +122,11 @@ class Store:
 
     # Messages
 
-    def thread(self, conversation_id: str) -> list[StoredMessage]:
-        """The branch being read, from the first message to the head."""
+    def thread(self, conversation_id: str, newest: int | None = None) -> list[StoredMessage]:
+        """The branch being read, from the first message (or the first of so many newest) to the head."""
         with self._database.reading() as connection:
             identity = rows.conversation(connection, conversation_id).id
-            line = connection.execute(records.THREAD, (identity,)).fetchall()
+            line = connection.execute(records.THREAD, (identity, -1 if newest is None else newest)).fetchall()
         return [records.message(row) for row in line]
 
     def get_message(self, message_id: int) -> StoredMessage:

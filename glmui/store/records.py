@@ -98,6 +98,7 @@ THREAD = f"""
         UNION ALL
         SELECT messages.id, messages.parent_id FROM line JOIN messages ON messages.id = line.parent_id
         WHERE messages.id < message_id
+        LIMIT ?
     )
     {MESSAGES} JOIN line ON m.id = message_id ORDER BY m.id
 """

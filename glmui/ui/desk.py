@@ -34,7 +34,7 @@ class View:
     """One look at a conversation: what is saved of it, and the reply being written."""
 
     messages: tuple[StoredMessage, ...] = ()
-    earlier: int = 0  # messages not shown
+    more: bool = False  # there are earlier messages, not shown
     live: Job | None = None
     place: int = 0
 
@@ -70,13 +70,9 @@ class Desk:
         if not conversation_id:
             return View()
         live = self.service.live(conversation_id)
-        messages = self.service.store.thread(conversation_id)
-        return View(
-            tuple(messages[-limit:]),
-            max(0, len(messages) - limit),
-            live,
-            self.service.place(live) if live else 0,
-        )
+        messages = self.service.store.thread(conversation_id, newest=limit + 1)
+        place = self.service.place(live) if live else 0
+        return View(tuple(messages[-limit:]), len(messages) > limit, live, place)
 
     async def follow(self, tab: str, conversation_id: str, limit: int) -> AsyncIterator[View]:
         """Views of a conversation while its reply grows, the last one when nothing is being written.
@@ -101,7 +97,7 @@ class Desk:
                 yield view
             elif live.revision != revision or live.progress is not None:
                 revision = live.revision
-                view = View(view.messages, view.earlier, live, self.service.place(live))
+                view = View(view.messages, view.more, live, self.service.place(live))
                 yield view
         self._beat(tab, token, conversation_id)
 

@@ -139,7 +139,7 @@ class Events:
             present.thread(view.messages, view.live, self.language),
             present.status(view.live, view.place, last, self.language),
             gr.update(submit_btn=not view.live, stop_btn=bool(view.live)),
-            gr.update(visible=view.earlier > 0),
+            gr.update(visible=view.more),
             gr.update(visible=several),
             gr.update(visible=several, value=f"{last.version} / {last.versions}" if last else ""),
             gr.update(visible=several),
