@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glmui.choice import Choice
+from glmui.downloads import Download
+from glmui.errors import FetchError, GlmuiError, ModelError, NotFound
+from glmui.meter import Meter
+from glmui.settings import Settings
+from glmui.types import ChatSettings, Progress
+from glmui.ui.desk import Desk
+from tests.small_world import World, wait_for
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.service.close()
+
+
+@pytest.fixture
+def desk(world: World) -> Desk:
+    choice = Choice(Settings(data_dir=world.folder, model="echo"))
+    return Desk(world.service, choice, Download(world.folder, lambda _: None), Meter())
+
+
+def test_the_first_message_makes_the_conversation(desk: Desk, world: World) -> None:
+    here = desk.send("", "hello", ChatSettings(system="Be kind."), "tab")
+    assert world.service.settings_of(here).system == "Be kind."
+    assert world.answer(here).content == "You said: hello"
+    assert desk.send(here, "more", ChatSettings(), "tab") == here
+
+
+def test_a_refused_first_message_leaves_no_empty_conversation(desk: Desk, world: World) -> None:
+    with pytest.raises(GlmuiError):
+        desk.send("", "  ", ChatSettings(), "tab")
+    assert world.store.conversations() == []
+
+
+def test_following_shows_the_growth_and_ends_with_what_is_saved(desk: Desk, world: World) -> None:
+    here = desk.send("", "/echo tokens=40 speed=100", ChatSettings(), "tab")
+
+    async def watch() -> list[int]:
+        return [len(v.live.content) if v.live else -1 async for v in desk.follow("tab", here, 60)]
+
+    lengths = asyncio.run(watch())
+    growing = [n for n in lengths if n >= 0]
+    assert lengths[-1] == -1
+    assert growing == sorted(growing)
+    assert len(growing) > 2
+    assert desk.view(here).messages[-1].content.count("word") == 20
+
+
+def test_a_tab_follows_one_conversation_at_a_time(desk: Desk, world: World) -> None:
+    here = desk.send("", "/echo tokens=1000 speed=50", ChatSettings(), "tab")
+
+    async def both() -> None:
+        first = desk.follow("tab", here, 60)
+        await anext(first)
+        second = desk.follow("tab", here, 60)
+        await anext(second)
+        assert [view async for view in first] == []
+        assert (await anext(second)).live is not None
+
+    asyncio.run(both())
+    world.service.stop(here)
+
+
+def test_a_tab_without_follower_is_told_to_get_one(desk: Desk, world: World) -> None:
+    assert not desk.needs_follower("tab", "")
+    here = desk.send("", "hello", ChatSettings(), "tab")
+    world.answer(here)
+    assert desk.needs_follower("tab", here)
+
+    async def watch(tab: str) -> None:
+        async for _ in desk.follow(tab, here, 60):
+            pass
+
+    asyncio.run(watch("tab"))
+    assert not desk.needs_follower("tab", here)
+    assert desk.needs_follower("other tab", here)
+    world.service.send(here, "news")
+    world.answer(here)
+    assert desk.needs_follower("tab", here)
+
+
+def test_only_the_newest_messages_are_shown(desk: Desk, world: World) -> None:
+    here = world.conversation()
+    for number in range(4):
+        _, reply = world.store.begin_round(here, str(number), "echo")
+        world.store.finish_reply(reply.id, "answer", "done", "stop")
+    assert desk.view(here, limit=3).more
+    assert len(desk.view(here, limit=3).messages) == 3
+    assert not desk.view(here, limit=8).more
+
+
+def test_versions_are_leafed_through_round_and_round(desk: Desk, world: World) -> None:
+    here = desk.send("", "hello", ChatSettings(), "tab")
+    world.answer(here)
+    for _ in range(2):
+        world.service.regenerate(here)
+        world.answer(here)
+    seen = []
+    for _ in range(4):
+        reply = desk.view(here).last_reply
+        assert reply is not None
+        seen.append(reply.version)
+        desk.show_version(here, 1)
+    assert seen == [3, 1, 2, 3]
+
+
+def test_an_address_of_a_lost_conversation_opens_a_new_one(desk: Desk, world: World) -> None:
+    here = world.conversation()
+    assert desk.open_conversation(here) == here
+    world.service.delete(here)
+    assert desk.open_conversation(here) == ""
+    assert desk.open_conversation("no such") == ""
+
+
+def test_a_folder_that_is_no_model_is_refused_and_the_choice_stays(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        desk.choose(model=str(tmp_path / "empty"))
+    with pytest.raises(NotFound):
+        desk.choose(model=str(tmp_path / "nowhere"))
+    assert desk.choice.settings.model == "echo"
+
+
+def test_idle_minutes_reach_the_engine_and_the_file(desk: Desk, world: World) -> None:
+    desk.choose(idle_minutes=5)
+    assert world.engine.idle_seconds == 300
+    assert "idle_minutes = 5" in (world.folder / "settings.toml").read_text()
+
+
+def test_a_download_is_told_of_and_ends_in_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Path] = []
+    download = Download(tmp_path, done.append)
+
+    def fetch(folder: Path, show: object, cancelled: object) -> Path:
+        show(Progress("fetching", 0.5))  # type: ignore[operator]
+        wait_for(lambda: seen)
+        return folder / "starter"
+
+    seen: list[Progress] = []
+    monkeypatch.setattr("glmui.downloads.ensure_starter", fetch)
+    download.start()
+    wait_for(lambda: download.progress == Progress("fetching", 0.5))
+    seen.append(Progress("fetching"))
+    wait_for(lambda: done)
+    assert done == [tmp_path / "starter"]
+    wait_for(lambda: download.progress is None)
+
+
+def test_a_failed_download_says_why_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Path:
+        raise FetchError("pip_missing")
+
+    monkeypatch.setattr("glmui.downloads.ensure_starter", fail)
+    download = Download(tmp_path, lambda _: None)
+    for _ in range(2):
+        download.start()
+        wait_for(lambda: download.error)
+        assert download.error is not None
+        assert download.error.code == "pip_missing"
+        wait_for(lambda: download.progress is None)
