@@ -27,8 +27,10 @@ function edit(item) {
   item.insertBefore(field, title);
   field.focus();
   field.select();
+  let over = false; // removing the field blurs it, which must not end the edit twice
   const end = (keep) => {
-    if (!field.isConnected) return;
+    if (over) return;
+    over = true;
     const text = field.value.trim();
     field.remove();
     title.hidden = false;

@@ -1,7 +1,7 @@
 // Small things only a browser can do. Loaded in the page's head.
 (() => {
   // Gradio words its own few buttons by the browser's language: let it be the page's.
-  const tag = document.currentScript?.src.endsWith("?zh") ? "zh-CN" : "en";
+  const tag = document.currentScript?.src.includes("?zh-") ? "zh-CN" : "en";
   Object.defineProperty(navigator, "language", { get: () => tag });
   Object.defineProperty(navigator, "languages", { get: () => [tag] });
   document.documentElement.lang = tag;
@@ -29,24 +29,23 @@
   paint();
   document.addEventListener("DOMContentLoaded", paint);
 
-  // Messages are shown with "<" written as "&lt;" and with notes under them; whoever copies one wants its text.
+  // A message is shown with a few characters written as entities and with notes under it (ui/markdown.py,
+  // ui/present.py); whoever copies it wants its text.
+  const asWritten = (shown) => shown
+    .replace(/(\n\n<small>[^<]*<\/small>)+$/, "")
+    .replace(/&#60;/g, "<")
+    .replace(/<span>&#36;<\/span>/g, "$")
+    .replace(/&#33;\[/g, "![");
   let copyingMessage = false;
   document.addEventListener("click", (event) => {
     copyingMessage = Boolean(event.target.closest?.("#thread .message-buttons"));
   }, true);
   const write = navigator.clipboard?.writeText.bind(navigator.clipboard);
-  if (write) {
-    navigator.clipboard.writeText = (text) =>
-      write(copyingMessage ? text.replace(/\n*<small>.*?<\/small>/gs, "").replace(/&lt;(?=[A-Za-z\/!?])/g, "<") : text);
-  }
+  if (write) navigator.clipboard.writeText = (text) => write(copyingMessage ? asWritten(text) : text);
 
   window.glmui = {
-    // Which tab this is, and which conversation its address names: both survive a reload.
-    tab: () => {
-      const id = sessionStorage.getItem("glmui-tab") || `${Date.now()}-${Math.random().toString(36).slice(2)}`;
-      sessionStorage.setItem("glmui-tab", id);
-      return id;
-    },
+    // Which page this is; a copied tab is another one. The conversation it shows stands in its address.
+    tab: `${Date.now()}-${Math.random().toString(36).slice(2)}`,
     wished: () => new URLSearchParams(location.search).get("c") || "",
     address: (id) => {
       const url = new URL(location.href);
@@ -70,7 +69,7 @@
   };
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest?.("[data-glmui]");
+    const button = event.target.closest?.("#looks [data-glmui]");
     if (!button) return;
     const [name, argument] = button.dataset.glmui.split(":");
     window.glmui[name]?.(argument);

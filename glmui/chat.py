@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from glmui import errors, prompts
-from glmui.errors import Busy, EngineError, GlmuiError, InvalidInput, ModelError, StoreError
+from glmui.errors import Busy, EngineError, GlmuiError, InvalidInput, ModelError, NotFound, StoreError
 from glmui.jobs import FairQueue, Job
 from glmui.store import Conversation, ReplyState, Store, StoredMessage
 from glmui.types import (
@@ -32,6 +33,7 @@ from glmui.types import (
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 0.25  # what a kill -9 may cost, at most
+SAVE_AGAIN_SECONDS = 2.0  # after the disk refused
 ENDINGS: dict[FinishReason, ReplyState] = {
     "stop": "done",
     "length": "done",
@@ -75,6 +77,7 @@ class ChatService:
         self._revisions: dict[str, int] = {}
         self.changes = 0  # grows with every change of any conversation
         self._asking = threading.Lock()  # between "may this be asked?" and the job in the queue
+        self._finishing = threading.Lock()  # a job is finished once, whoever does it
         self._closing = threading.Event()
         self._runner = threading.Thread(target=self._run, name="chat-runner", daemon=True)
         self._saver = threading.Thread(target=self._save_growing, name="chat-saver", daemon=True)
@@ -85,19 +88,20 @@ class ChatService:
 
     def send(self, conversation_id: str, text: str, client: str = "page") -> StoredMessage:
         """Commit the user's message and an empty reply, queue the reply's job, return the reply."""
-        self.check(text)
+        self.check(text, client)
         with self._asking:
             spec = self._ready_for(conversation_id, client)
             _, reply = self.store.begin_round(conversation_id, text, spec.model)
             return self._start(reply, client)
 
-    def check(self, text: str) -> EngineSpec:
-        """Raise what `send` would raise of this text in an idle conversation; the model that would answer."""
+    def check(self, text: str, client: str) -> None:
+        """Raise what `send` would raise in an idle conversation."""
         if not text.strip():
             raise InvalidInput("empty_message")
         if len(text) > MAX_CHARACTERS:
             raise InvalidInput("message_too_large", size=len(text), limit=MAX_CHARACTERS)
-        return self._model()
+        self._model()
+        self._queue.check(client)
 
     def regenerate(self, conversation_id: str, client: str = "page") -> StoredMessage:
         """Answer the newest user message once more; the earlier reply stays as another version."""
@@ -229,24 +233,26 @@ class ChatService:
     # Saving
 
     def _save_growing(self) -> None:
-        saved: dict[str, int] = {}  # request id -> revision on disk
         while not self._closing.wait(SAVE_SECONDS):
             for job in list(self._jobs.values()):
+                if job.save_error and time.monotonic() < job.save_again_at:
+                    continue
                 if job.finish_reason is not None and job.save_error is not None:
                     self._finish(job)  # the disk refused the end of it: try again
-                elif job.first_text_at is not None and saved.get(job.request_id) != job.revision:
-                    saved[job.request_id] = job.revision
+                elif job.first_text_at is not None and job.saved_revision != job.revision:
+                    job.saved_revision = job.revision
                     self._guarded(job, partial(self.store.grow_reply, job.reply_id, job.content))
-            saved = {r: n for r, n in saved.items() if any(j.request_id == r for j in self._jobs.values())}
 
     def _finish(self, job: Job) -> None:
-        reason = job.finish_reason or "interrupted"
-        state = ENDINGS[reason]
-        if reason == "cancelled" and self._closing.is_set():
-            state = "interrupted"
-        safe = self._guarded(
-            job,
-            lambda: self.store.finish_reply(
+        with self._finishing:
+            if self._jobs.get(job.conversation_id) is not job:
+                return  # another thread was first
+            reason = job.finish_reason or "interrupted"
+            state = ENDINGS[reason]
+            if reason == "cancelled" and self._closing.is_set():
+                state = "interrupted"
+            end = partial(
+                self.store.finish_reply,
                 job.reply_id,
                 job.content,
                 state,
@@ -255,20 +261,24 @@ class ChatService:
                 note=job.note,
                 error=errors.to_values(job.error) if job.error else None,
                 left_out=job.left_out,
-            ),
-        )
-        if safe:
-            self._touch(job.conversation_id)
-            if self._jobs.get(job.conversation_id) is job:
+            )
+            if self._guarded(job, end):
+                self._touch(job.conversation_id)
                 del self._jobs[job.conversation_id]
 
     def _guarded(self, job: Job, write: Callable[[], None]) -> bool:
-        """Write; a disk that refuses is shown on the job, whose text stays in memory."""
+        """Write; a disk that refuses is shown on the job, whose text stays in memory until it is tried again."""
         try:
             write()
-        except StoreError as error:
-            log.error("saving a reply failed: %s", error)
-            job.save_error = error
+        except NotFound:
+            log.warning("the conversation of a reply is gone")
+        except Exception as error:
+            if job.save_error is None:
+                log.exception("saving a reply failed")
+            job.save_error = (
+                error if isinstance(error, GlmuiError) else StoreError("database_error", detail=error)
+            )
+            job.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
             job.revision += 1
             return False
         job.save_error = None

@@ -9,7 +9,7 @@ from typing import Any
 from glmui import settings as settings_module
 from glmui.engine.families import family_of
 from glmui.hub import catalogue
-from glmui.settings import Settings
+from glmui.settings import Settings, spec_of
 from glmui.types import EngineSpec
 
 
@@ -25,15 +25,7 @@ class Choice:
         chosen = self.settings
         if not chosen.model:
             return None
-        folder = catalogue.resolve(chosen.model, chosen.data_dir)
-        return EngineSpec(
-            model=chosen.model,
-            folder=str(folder),
-            device=chosen.device,
-            threads=chosen.threads,
-            quantize=chosen.quantize,
-            stop_repetition=chosen.stop_repetition,
-        )
+        return spec_of(chosen, chosen.model, catalogue.resolve(chosen.model, chosen.data_dir))
 
     def change(self, **changes: Any) -> Settings:
         """Check and save settings. A model is opened far enough to tell that it is one."""

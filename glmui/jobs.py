@@ -15,7 +15,7 @@ MAX_WAITING = 32
 MAX_PER_CLIENT = 2
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """One reply being generated. It outlives the browser tab that asked for it.
 
@@ -38,6 +38,8 @@ class Job:
     revision: int = 0
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     first_text_at: float | None = None
+    saved_revision: int = 0
+    save_again_at: float = 0.0
 
     def take(self, chunk: Chunk) -> None:
         """Add what an engine's chunk brings."""

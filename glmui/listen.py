@@ -48,7 +48,8 @@ def listen(host: str, port: int | None, data_dir: Path) -> socket.socket | Runni
         try:
             return _bind(host, candidate)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
+            reserved = port is None and error.errno == errno.EACCES  # Windows keeps some ports for itself
+            if error.errno != errno.EADDRINUSE and not reserved:
                 raise _explained(error, host, candidate) from error
         if is_running(host, candidate, data_dir):
             return Running(candidate)

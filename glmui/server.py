@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRASH_SECONDS = 30 * 86400  # so long a deleted conversation can be brought back
 GRACE_SECONDS = 1  # for open answers, once the end is asked for
 END_SECONDS = 2.6  # then whatever still hangs is left behind
 
@@ -253,9 +256,13 @@ def build_app(settings: Settings) -> House:
         from glmui.ui.desk import Desk
         from glmui.ui.mount import mount
 
+        counter = lru_cache(maxsize=1)(
+            lambda folder: open_counter(Path(folder))
+        )  # a vocabulary takes a while
         choice, meter = Choice(settings), Meter()
+        store.purge(time.time() - TRASH_SECONDS)
         engine = EngineClient(idle_seconds=settings.idle_minutes * 60)
-        service = ChatService(store, engine, choice.spec, lambda spec: open_counter(Path(spec.folder)))
+        service = ChatService(store, engine, choice.spec, lambda spec: counter(spec.folder))
         download = Download(settings.data_dir, lambda _: _choose_starter(choice))
         app = FastAPI(openapi_url=None)
         mount(app, Desk(service, choice, download, meter))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from glmui.errors import InvalidInput, StoreError
+from glmui.types import EngineSpec
 
 DEVICE_PATTERN = re.compile(r"auto|cpu|cuda(:\d+)?|mps|mixed")
 
@@ -35,7 +37,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024)  # None: the physical cores
     quantize: Literal["none", "int8", "int4"] = "none"  # weights of a transformers model, once loaded
     starter: bool = False  # fetch the starter model at start if it is not there
-    idle_minutes: float = Field(30, ge=0)  # 0: never end an idle engine
+    idle_minutes: float = Field(30, ge=0, le=525_600)  # 0: never end an idle engine
     language: Literal["", "en", "zh"] = ""  # "": the browser's
     stop_repetition: bool = True  # end a reply that says the same thing over and over
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -46,6 +48,11 @@ class Settings(BaseSettings):
         if not DEVICE_PATTERN.fullmatch(value):
             raise ValueError("one of auto, cpu, cuda, cuda:N, mps, mixed")
         return value
+
+    @field_validator("idle_minutes", mode="before")
+    @classmethod
+    def _never(cls, value: Any) -> Any:
+        return 0 if value is None else value
 
     @field_validator("data_dir")
     @classmethod
@@ -65,16 +72,28 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
+def spec_of(settings: Settings, model: str, folder: Path | str) -> EngineSpec:
+    """What an engine is to hold, for a model that was found in `folder`."""
+    return EngineSpec(
+        model=model,
+        folder=str(folder),
+        device=settings.device,
+        threads=settings.threads,
+        quantize=settings.quantize,
+        stop_repetition=settings.stop_repetition,
+    )
+
+
 def load(**flags: Any) -> Settings:
     """Settings from all four places. `flags` that are None were not given.
 
     Raises InvalidInput naming the setting, what it may be and where it was given.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    folder = _checked(lambda: Settings(**_only(given, "data_dir")), given, {}).data_dir
+    folder = _checked(lambda: Settings(**_only(given, "data_dir")), given).data_dir
     from_file = _read_file(folder / "settings.toml")
     below_environment = {k: v for k, v in from_file.items() if f"GLMUI_{k.upper()}" not in os.environ}
-    return _checked(lambda: Settings(**{**below_environment, **given}), given, from_file)
+    return _checked(lambda: Settings(**{**below_environment, **given}), given)
 
 
 def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -83,7 +102,7 @@ def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -93,20 +112,22 @@ def _read_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def _checked(build: Any, flags: dict[str, Any], from_file: dict[str, Any]) -> Settings:
+def _checked(build: Callable[[], Settings], flags: Iterable[str] = (), page: Iterable[str] = ()) -> Settings:
     try:
-        settings: Settings = build()
+        return build()
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        if name in flags:
+        if name in page:
+            where = "sidebar"
+        elif name in flags:
             where = f"--{name.replace('_', '-')}"
         elif f"GLMUI_{name.upper()}" in os.environ:
             where = f"GLMUI_{name.upper()}"
         else:
             where = "settings.toml"
-        raise InvalidInput("bad_setting", name=name, detail=first["msg"], where=where) from error
-    return settings
+        detail = str(first["msg"]).removeprefix("Value error, ")
+        raise InvalidInput("bad_setting", name=name, detail=detail, where=where) from error
 
 
 def save(settings: Settings, **changes: Any) -> Settings:
@@ -115,11 +136,12 @@ def save(settings: Settings, **changes: Any) -> Settings:
     Comments and other entries of the file stay. Raises InvalidInput or StoreError.
     """
     import tomlkit  # lazily: most commands never write
+    from tomlkit.exceptions import ParseError
 
-    changed = _checked(lambda: Settings(**{**settings.model_dump(), **changes}), changes, {})
+    changed = _checked(lambda: Settings(**{**settings.model_dump(), **changes}), page=changes)
     file = settings.data_dir / "settings.toml"
     try:
-        document = tomlkit.parse(file.read_text(encoding="utf-8")) if file.exists() else tomlkit.document()
+        document = tomlkit.parse(file.read_text(encoding="utf-8-sig") if file.exists() else "")
         for name, value in changes.items():
             if value is None:
                 document.pop(name, None)
@@ -128,6 +150,8 @@ def save(settings: Settings, **changes: Any) -> Settings:
         draft = file.with_suffix(".toml.new")
         draft.write_text(tomlkit.dumps(document), encoding="utf-8")
         draft.replace(file)
+    except (ParseError, UnicodeDecodeError) as error:
+        raise InvalidInput("bad_settings_file", file=file, detail=error) from error
     except OSError as error:
         raise StoreError("data_folder_unwritable", folder=settings.data_dir, detail=error) from error
     return changed

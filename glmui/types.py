@@ -122,8 +122,9 @@ class EngineInfo:
     threads: int = 0
     context_length: int = 0  # tokens the model was trained for; 0 when unknown
     pid: int | None = None
-    reason: str = ""  # why this device and precision, one sentence
-    extra: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""  # why this device and precision: a key of the locales
+    kernel: str = ""  # what multiplies quantised weights; "" where torch does
+    cpu_precision: str = ""  # its numerics; "" is exact
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,42 @@ def test_markdown_code_and_formulas_are_shown_and_html_is_not_run(context: Brows
     assert page.evaluate("window.hacked") is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${window.hacked = 1} `${window.hacked = 1}`",
+        "C:\\users\\xampp \\u \\x",
+        "<img src=x onerror='window.hacked = 1'>",
+        "{{window.hacked = 1}} {{#each value}}",
+        "a ` b\n\n<img src=x onerror='window.hacked = 1'> ` c",
+        "$\\text{<svg/onload=window.hacked=1>}$ [x](javascript:window.hacked=1)",
+        "![x](https://example.com/x.png) ![y][r]\n\n[r]: https://example.com/y.png",
+    ],
+)
+def test_nothing_that_is_typed_is_run_or_fetched(context: BrowserContext, app: App, text: str) -> None:
+    page = opened(context, app)
+    say(page, text)
+    wait_for_text(page, "You said")
+    wait_until_done(page)
+    title = text.split("\n")[0][:20]
+    expect(page.locator("ul.conversations li.current .title")).to_contain_text(title, timeout=PATIENCE)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#thread .message img").count() == 0
+
+
+def test_a_formula_may_hold_what_html_begins_with_and_prices_are_none(
+    context: BrowserContext, app: App
+) -> None:
+    page = opened(context, app)
+    say(page, "$a<b$ and \\(c<d\\) for $5 or $10 <b>")
+    wait_for_text(page, "You said")
+    wait_until_done(page)
+    reply = page.locator("#thread .bot-row .message").last
+    expect(reply.locator(".katex")).to_have_count(2)
+    expect(reply.locator(".katex .mrel").first).to_have_text("<")
+    expect(reply).to_contain_text("for $5 or $10 <b>")
+
+
 def test_enter_breaks_no_composition(context: BrowserContext, app: App) -> None:
     page = opened(context, app)
     box = page.locator("#box textarea")
@@ -323,7 +359,9 @@ def test_a_killed_engine_costs_the_reply_only(context: BrowserContext, app: App)
     say(page, "/echo tokens=2000 speed=40")
     wait_for_text(page, "word word word")
     app.engine().kill()
-    expect(page.locator("#thread .bot-row .message").last).to_contain_text(re.compile("engine|memory"), timeout=5_000)
+    expect(page.locator("#thread .bot-row .message").last).to_contain_text(
+        re.compile("engine|memory"), timeout=5_000
+    )
     wait_until_done(page)
     assert last_reply(page).count("word") >= 3
     assert any(state == "error" and "word word" in text for state, text in app.saved("word word%"))
@@ -339,6 +377,11 @@ def test_conversations_are_listed_renamed_searched_deleted_and_brought_back(
     wait_until_done(page)
     row = page.locator("ul.conversations li.current")
     expect(row).to_contain_text("关于量子计算的问题", timeout=PATIENCE)
+    row.hover()
+    row.locator(".rename").click()
+    row.locator("input").fill("not this")
+    row.locator("input").press("Escape")
+    expect(row).to_contain_text("关于量子计算的问题")
     row.hover()
     row.locator(".rename").click()
     row.locator("input").fill("Quantum 笔记")
@@ -377,9 +420,9 @@ def test_regenerate_keeps_versions_to_leaf_through(context: BrowserContext, app:
     say(page, "again please")
     wait_until_done(page)
     page.locator("#regenerate").click()
-    expect(page.locator("#version")).to_contain_text("2 / 2", timeout=PATIENCE)
-    page.locator("#previous").click()
-    expect(page.locator("#version")).to_contain_text("1 / 2", timeout=PATIENCE)
+    expect(page.locator("#versions")).to_contain_text("2 / 2", timeout=PATIENCE)
+    page.locator("#versions button").first.click()
+    expect(page.locator("#versions")).to_contain_text("1 / 2", timeout=PATIENCE)
 
 
 def test_a_wrong_folder_is_named(context: BrowserContext, app: App, tmp_path: Path) -> None:

@@ -34,10 +34,9 @@ def test_a_whole_model(whole: Path) -> None:
     assert (found.context_length, found.dtype, found.model_type) == (512, "float32", "llama")
 
 
-def test_chatglm_by_its_type_not_its_name(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "chatglm", "max_sequence_length": 2048})
-    assert family_of(tmp_path) == "chatglm"
-    assert describe(tmp_path).context_length == 2048
+def test_chatglm_by_its_type_not_its_name(tiny_chatglm: Callable[[str], Path]) -> None:
+    assert family_of(tiny_chatglm("int4")) == "chatglm"
+    assert describe(tiny_chatglm("int4")).context_length == 2048
 
 
 def test_the_scripted_engine() -> None:
@@ -136,7 +135,6 @@ def test_only_whole_models_are_listed(whole: Path, tmp_path: Path) -> None:
         ("starter", "causal_lm", "models.starter"),
         ("whole", "causal_lm", ""),
     ]
-    assert found[0].size > 10_000
     assert catalogue.installed(tmp_path / "nothing") == []
 
 

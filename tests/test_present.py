@@ -48,7 +48,7 @@ def test_the_growing_reply_is_taken_from_its_job_and_tells_of_a_full_disk() -> N
     job = Job(REPLY.id, "c", "tab", content="so far <b>")
     job.save_error = StoreError("disk_full")
     (shown,) = present.thread([replace(REPLY, content="old")], job, "en")
-    assert shown["content"].startswith("so far &lt;b>")
+    assert shown["content"].startswith("so far &#60;b>")
     assert "disk" in shown["content"]
 
 
@@ -87,10 +87,19 @@ def test_times_are_said_as_people_say_them() -> None:
     assert [present.when(t, "en", now) for t in at] == ["09:05", "yesterday", "01-02", "2025-01-02"]
 
 
-def test_titles_reach_the_list_as_plain_values() -> None:
-    row = Conversation("id", "<b>title", True, 0.0, time.time(), None, {}, None)
+def test_a_title_is_text_whatever_it_holds() -> None:
+    row = Conversation("id", "<img onerror=x> ${1} `", True, 0.0, time.time(), None, {}, None)
     shown = present.conversations([row, replace(row, id="x", title="")], "id", "zh")
-    assert [(r["title"], r["current"]) for r in shown["rows"]] == [("<b>title", True), ("新对话", False)]
+    assert "<img" not in shown
+    assert "&lt;img onerror=x&gt; ${1} `" in shown
+    assert shown.count("aria-current") == 1
+    assert "新对话" in shown
+    assert "还没有对话" in present.conversations([], "", "zh")
+
+
+def test_versions_are_shown_where_there_are_several() -> None:
+    assert present.versions(REPLY, "en") == ""
+    assert "2 / 3" in present.versions(replace(REPLY, version=2, versions=3), "en")
 
 
 def test_the_chip_names_model_state_and_reason() -> None:

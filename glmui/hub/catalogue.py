@@ -16,11 +16,10 @@ STARTER = "starter"
 
 @dataclass(frozen=True, slots=True)
 class InstalledModel:
-    """A model in the data folder. size: bytes on disk. label: a key of the locales' "models", or ""."""
+    """A model in the data folder. label: a key of the locales' "models", or ""."""
 
     name: str
     folder: Path
-    size: int
     family: Family
     label: str
 
@@ -40,8 +39,9 @@ def resolve(name: str, data_dir: Path) -> Path:
     if plain and (inside := models_folder(data_dir) / name).is_dir():
         return inside
     path = Path(os.path.expanduser(name))
-    if name and path.is_dir():
-        return path.resolve()
+    with contextlib.suppress(OSError, ValueError):  # a name too long, a folder not to be looked into
+        if name and path.is_dir():
+            return path.resolve()
     if name == STARTER:
         raise NotFound("starter_missing")
     raise NotFound("model_missing", model=name, folder=models_folder(data_dir))
@@ -59,6 +59,5 @@ def installed(data_dir: Path) -> list[InstalledModel]:
 
 
 def _entry(path: Path) -> InstalledModel:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     label = "models.starter" if path.name == STARTER else ""
-    return InstalledModel(path.name, path, size, family_of(path), label)
+    return InstalledModel(path.name, path, family_of(path), label)

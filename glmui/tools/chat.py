@@ -21,9 +21,9 @@ from glmui import i18n, prompts
 from glmui.engine.client import EngineClient
 from glmui.errors import GlmuiError, InvalidInput
 from glmui.hub import catalogue, starter
-from glmui.settings import Settings, make_data_folder
+from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.text import open_counter
-from glmui.types import ChatEngine, Chunk, EngineSpec, GenerationParams, Message, Progress, TokenCounter
+from glmui.types import ChatEngine, Chunk, GenerationParams, Message, Progress, TokenCounter
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,7 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
     make_data_folder(settings.data_dir)
     terminal = Terminal(language)
     folder = find_model(wish.model, settings.data_dir, terminal.show)
-    engine = EngineClient(
-        EngineSpec(
-            model=wish.model,
-            folder=str(folder),
-            device=settings.device,
-            threads=settings.threads,
-            quantize=settings.quantize,
-            stop_repetition=settings.stop_repetition,
-        )
-    )
+    engine = EngineClient(spec_of(settings, wish.model, folder))
     try:
         chat = Chat(engine, open_counter(folder), wish.params, wish.system)
         if wish.prompt is None:

@@ -16,6 +16,14 @@ LATEX = [
 ]
 
 
+_LEAF = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-step]");
+  if (button) trigger("select", { step: Number(button.dataset.step) });
+});
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatArea:
     chip: gr.HTML
@@ -23,9 +31,7 @@ class ChatArea:
     earlier: gr.Button
     thread: gr.Chatbot
     status: gr.HTML
-    previous: gr.Button
-    version: gr.HTML
-    following: gr.Button
+    versions: gr.HTML
     resume: gr.Button
     regenerate: gr.Button
     box: gr.Textbox
@@ -52,9 +58,7 @@ def build(words: Words) -> ChatArea:
     )
     with gr.Row(elem_id="below"):
         status = gr.HTML(elem_id="status")
-        previous = gr.Button("‹", visible=False, size="sm", elem_id="previous", min_width=0)
-        version = gr.HTML(visible=False, elem_id="version")
-        following = gr.Button("›", visible=False, size="sm", elem_id="next", min_width=0)
+        versions = gr.HTML(elem_id="versions", js_on_load=_LEAF)
         resume = gr.Button(words("chat.continue"), visible=False, size="sm", elem_id="resume", min_width=0)
         regenerate = gr.Button(
             words("chat.regenerate"), visible=False, size="sm", elem_id="regenerate", min_width=0
@@ -71,6 +75,4 @@ def build(words: Words) -> ChatArea:
         submit_btn=True,
         stop_btn=False,
     )
-    return ChatArea(
-        chip, banner, earlier, thread, status, previous, version, following, resume, regenerate, box
-    )
+    return ChatArea(chip, banner, earlier, thread, status, versions, resume, regenerate, box)

@@ -27,6 +27,7 @@ PAGE_OF_MESSAGES = 60  # shown at first; "earlier messages" adds as many again
 UPDATE_SECONDS = 0.1
 CALM_CHARACTERS = 6000  # from this length on a page is updated less often, in proportion
 FOLLOWER_GONE_SECONDS = 1.5
+MOST_TABS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,14 @@ class View:
 
 
 @dataclass(slots=True)
+class _Follower:
+    """What one tab shows. beat: when its follower last looked; shown: what was saved when it did."""
+
+    beat: float = 0.0
+    shown: str = ""
+
+
+@dataclass(slots=True)
 class Desk:
     """The collaborators of the page, and which tab is following what."""
 
@@ -63,7 +72,7 @@ class Desk:
     choice: Choice
     download: Download
     meter: Meter
-    _followers: dict[str, tuple[object, float, str]] = field(default_factory=dict)
+    _followers: dict[str, _Follower] = field(default_factory=dict)
 
     def view(self, conversation_id: str, limit: int = PAGE_OF_MESSAGES) -> View:
         """Raises NotFound where there is no such conversation."""
@@ -80,41 +89,48 @@ class Desk:
         A tab follows one conversation at a time: a later call ends the earlier one. The pace slows
         with the reply's length, since a browser lays the whole message out anew each time.
         """
-        token = object()
-        self._beat(tab, token, conversation_id)
-        view = await asyncio.to_thread(self.view, conversation_id, limit)
-        yield view
-        revision = -1
-        while view.live is not None:
-            pace = UPDATE_SECONDS * max(1.0, len(view.live.content) / CALM_CHARACTERS)
-            await asyncio.sleep(min(pace, 1.0))
-            if self._followers[tab][0] is not token:
-                return
-            self._beat(tab, token, conversation_id)
+        me = self._new_follower(tab)
+        view, revision = View(), -1
+        while True:
+            me.beat = time.monotonic()
             live = self.service.live(conversation_id)
-            if live is not view.live:  # done, or already the next reply
+            if not me.shown or live is not view.live:  # the first look, or a reply has begun or ended
+                shown = self._newest(conversation_id)
                 view = await asyncio.to_thread(self.view, conversation_id, limit)
+                if self._followers.get(tab) is not me:
+                    return
+                me.shown = shown
                 yield view
-            elif live.revision != revision or live.progress is not None:
+            elif live and (live.revision != revision or live.progress is not None):
                 revision = live.revision
                 view = View(view.messages, view.more, live, self.service.place(live))
                 yield view
-        self._beat(tab, token, conversation_id)
+            if view.live is None:
+                return
+            pace = UPDATE_SECONDS * max(1.0, len(view.live.content) / CALM_CHARACTERS)
+            await asyncio.sleep(min(pace, 1.0))
+            if self._followers.get(tab) is not me:
+                return
 
-    def _beat(self, tab: str, token: object, conversation_id: str) -> None:
-        shown = f"{conversation_id}:{self.service.revision(conversation_id)}"
-        self._followers[tab] = (token, time.monotonic(), shown)
-        if len(self._followers) > 1000:  # tabs of long ago
+    def _new_follower(self, tab: str) -> _Follower:
+        self._followers.pop(tab, None)
+        self._followers[tab] = follower = _Follower()
+        if len(self._followers) > MOST_TABS:  # the oldest is a tab of long ago
             self._followers.pop(next(iter(self._followers)))
+        return follower
+
+    def _newest(self, conversation_id: str) -> str:
+        """Names what is saved of a conversation now."""
+        return f"{conversation_id}:{self.service.revision(conversation_id)}"
 
     def needs_follower(self, tab: str, conversation_id: str) -> bool:
         """Whether this tab shows something old: a reply it does not follow, or news from another tab."""
         if not conversation_id:
             return False
-        _, beat, shown = self._followers.get(tab, (None, 0.0, ""))
+        follower = self._followers.get(tab) or _Follower()
         if self.service.live(conversation_id):
-            return time.monotonic() - beat > FOLLOWER_GONE_SECONDS
-        return shown != f"{conversation_id}:{self.service.revision(conversation_id)}"
+            return time.monotonic() - follower.beat > FOLLOWER_GONE_SECONDS
+        return follower.shown != self._newest(conversation_id)
 
     def open_conversation(self, wished: str) -> str:
         """The conversation to show first: the one wished for, or "" (a new one)."""
@@ -149,8 +165,11 @@ class Desk:
         names = ["auto", "cpu"] + [f"cuda:{card.index}" for card in cards] + (["mixed"] if cards else [])
         if sys.platform == "darwin" and platform.machine() == "arm64":
             names.append("mps")
+        if (chosen := self.choice.settings.device) not in names:  # given by a flag, or a card that is gone
+            names.append(chosen)
         labels = {f"cuda:{card.index}": f"{card.name} (cuda:{card.index})" for card in cards}
-        return [(labels.get(n) or i18n.text(language, f"settings.device_{n}"), n) for n in names]
+        words = i18n.table(language)
+        return [(labels.get(name) or words.get(f"settings.device_{name}", name), name) for name in names]
 
     @property
     def cores(self) -> int:
@@ -158,9 +177,9 @@ class Desk:
 
     def choose(self, **changes: Any) -> None:
         """Check, keep and save what the page changed; the engine takes it up with the next message."""
-        self.choice.change(**changes)
+        settings = self.choice.change(**changes)
         if "idle_minutes" in changes:
-            self.service.engine.set_idle_seconds(changes["idle_minutes"] * 60)
+            self.service.engine.set_idle_seconds(settings.idle_minutes * 60)
 
     def unload(self) -> tuple[int | None, int | None]:
         """End the engine process: bytes it held before and holds after, or (None, None) if it slept."""
@@ -173,7 +192,7 @@ class Desk:
 
     def send(self, conversation_id: str, text: str, settings: ChatSettings, tab: str) -> str:
         """Send, in a new conversation where there is none yet; its id."""
-        self.service.check(text)
+        self.service.check(text, tab)
         if not conversation_id:
             conversation_id = self.service.new_conversation(settings).id
         self.service.send(conversation_id, text, client=tab)

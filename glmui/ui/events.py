@@ -5,6 +5,7 @@ Every function returns updates for the components its event was wired to in page
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import wraps
@@ -43,25 +44,22 @@ class Events:
     # Conversations. "Here" is: current, how many messages are shown, the conversation's settings.
 
     def _here(self, conversation_id: str) -> tuple[Updates, ...]:
-        settings = self.desk.service.settings_of(conversation_id) if conversation_id else None
-        spread = settings_area.spread(settings) if settings else [gr.skip()] * len(settings_area.NAMES)
-        return (conversation_id, PAGE_OF_MESSAGES, *spread)
+        settings = self.desk.service.settings_of(conversation_id) if conversation_id else ChatSettings()
+        return (conversation_id, PAGE_OF_MESSAGES, *settings_area.spread(settings))
 
     @told
     def opened(self, wished: str, tab: str, width: int) -> Updates:
-        chosen = self.desk.choice.settings
-        models = self.desk.models(self.language)
         return (
             *self._here(self.desk.open_conversation(wished)),
             tab,
             gr.Sidebar(open=width > 900),
             gr.Sidebar(open=width > 1200),
-            gr.update(choices=models, value=chosen.model or None),
-            chosen.device,
-            chosen.threads,
-            chosen.quantize,
-            chosen.idle_minutes,
         )
+
+    def _engine_settings(self) -> tuple[Updates, ...]:
+        chosen = self.desk.choice.settings
+        model = gr.update(choices=self.desk.models(self.language), value=chosen.model or None)
+        return model, chosen.device, chosen.threads, chosen.quantize, chosen.idle_minutes
 
     @told
     def new(self) -> Updates:
@@ -111,12 +109,9 @@ class Events:
         if reply := self.desk.view(current).last_reply:
             self.desk.service.resume(reply.id, client=tab)
 
-    def versions(self, step: int) -> Callable[[str], None]:
-        @told
-        def show(self: Events, current: str) -> None:
-            self.desk.show_version(current, step)
-
-        return lambda current: show(self, current)
+    @told
+    def show_version(self, current: str, event: gr.EventData) -> None:
+        self.desk.show_version(current, event.step)
 
     # Following
 
@@ -124,7 +119,7 @@ class Events:
         before: tuple[Updates, ...] = ()
         try:
             async for view in self.desk.follow(tab, current, shown):
-                after = self._view(view)
+                after = await asyncio.to_thread(self._view, view)
                 yield tuple(
                     gr.skip() if i < len(before) and before[i] == new else new for i, new in enumerate(after)
                 )
@@ -134,15 +129,12 @@ class Events:
 
     def _view(self, view: View) -> tuple[Updates, ...]:
         last = view.last_reply
-        several = bool(last and last.versions > 1 and not view.live)
         return (
             present.thread(view.messages, view.live, self.language),
             present.status(view.live, view.place, last, self.language),
             gr.update(submit_btn=not view.live, stop_btn=bool(view.live)),
             gr.update(visible=view.more),
-            gr.update(visible=several),
-            gr.update(visible=several, value=f"{last.version} / {last.versions}" if last else ""),
-            gr.update(visible=several),
+            present.versions(None if view.live else last, self.language),
             gr.update(visible=view.can_continue),
             gr.update(visible=bool(view.messages) and not view.live),
         )
@@ -160,19 +152,18 @@ class Events:
             self.desk.service.set_settings(current, ChatSettings())
         return settings_area.spread(ChatSettings())
 
-    @told
-    def choose(self, model: str, device: str, threads: float | None, quantize: str, idle: float) -> None:
-        self.desk.choose(
-            model=model or "",
-            device=device,
-            threads=int(threads) if threads else None,
-            quantize=quantize,
-            idle_minutes=idle or 0,
-        )
+    def choose(self, name: str) -> Callable[[Any], None]:
+        """The handler of one control: it changes one setting and leaves the others as they are."""
+
+        @told
+        def change(self: Events, value: Any) -> None:
+            self.desk.choose(**{name: value})
+
+        return lambda value: change(self, value)
 
     @told
     def use_folder(self, folder: str) -> Updates:
-        self.desk.choose(model=(folder or "").strip() or None)
+        self.desk.choose(model=folder.strip().strip('"'))
         chosen = self.desk.choice.settings.model
         return "", gr.update(choices=self.desk.models(self.language), value=chosen)
 
@@ -195,21 +186,33 @@ class Events:
     def tick(self, tab: str, current: str, seen: str, pulse: int, query: str) -> Updates:
         service, chosen = self.desk.service, self.desk.choice.settings
         info = service.engine.info()
-        news = f"{service.changes}|{current}|{query}|{chosen.model}|{time.strftime('%j')}"
-        changed = news != seen
-        rows = service.store.conversations(query) if changed else []
         return (
             present.meter(self.desk.meter.read(info.pid), self.language),
             present.engine(info, chosen.model, service.running(), self.language),
-            present.conversations(rows, current, self.language) if changed else gr.skip(),
-            news if changed else gr.skip(),
             pulse + 1 if self.desk.needs_follower(tab, current) else gr.skip(),
-            gr.update(choices=self.desk.models(self.language), value=chosen.model or None)
-            if changed
-            else gr.skip(),
-            gr.update(visible=bool(chosen.model)) if changed else gr.skip(),
-            gr.update(visible=not chosen.model) if changed else gr.skip(),
+            *self._news(current, seen, query),
             *self._download(),
+        )
+
+    def _news(self, current: str, seen: str, query: str) -> tuple[Updates, ...]:
+        """The list and the settings, where they have changed; a database that refuses, in the banner."""
+        service, chosen = self.desk.service, self.desk.choice.settings
+        news = f"{service.changes}|{current}|{query}|{chosen!r}|{time.strftime('%j')}"
+        if news == seen:
+            return (gr.skip(),) * 10
+        try:
+            rows = present.conversations(service.store.conversations(query), current, self.language)
+            trouble = ""
+        except GlmuiError as error:
+            rows, news, trouble = gr.skip(), gr.skip(), error.message(self.language)
+        notice = trouble or (service.store.notice.message(self.language) if service.store.notice else "")
+        return (
+            rows,
+            news,
+            gr.update(value=notice, visible=bool(notice)),
+            gr.update(visible=bool(chosen.model)),
+            gr.update(visible=not chosen.model),
+            *self._engine_settings(),
         )
 
     def _download(self) -> tuple[Updates, ...]:
@@ -226,9 +229,3 @@ class Events:
             gr.update(visible=bool(download.progress)),
             words,
         )
-
-    def banner(self) -> Updates:
-        """What must be said once: the database was restored from a backup, or is open for reading only."""
-        notice = self.desk.service.store.notice
-        text = notice.message(self.language) if notice else ""
-        return gr.update(value=text, visible=bool(text))

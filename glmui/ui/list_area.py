@@ -9,21 +9,6 @@ import gradio as gr
 
 from glmui.ui.words import Words
 
-_TEMPLATE = """
-<ul class="conversations" role="list">
-{{#each value.rows}}
-  <li class="{{#if this.current}}current{{/if}}" data-id="{{this.id}}">
-    <button class="title" type="button" title="{{this.title}}">{{this.title}}</button>
-    <time>{{this.when}}</time>
-    <button class="rename" title="{{../value.rename}}" aria-label="{{../value.rename}}">✎</button>
-    <button class="delete" title="{{../value.delete}}" aria-label="{{../value.delete}}">✕</button>
-  </li>
-{{else}}
-  <li class="none">{{value.empty}}</li>
-{{/each}}
-</ul>
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class ListArea:
@@ -48,8 +33,6 @@ def build(words: Words, assets: Path) -> ListArea:
     )
     undo = gr.Button(words("list.undo"), elem_id="undo", size="sm", visible=False)
     rows = gr.HTML(
-        value={"rows": [], "empty": ""},
-        html_template=_TEMPLATE,
         js_on_load=(assets / "conversations.js").read_text(encoding="utf-8"),
         elem_id="conversations",
     )

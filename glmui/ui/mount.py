@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from glmui import i18n
+from glmui import __version__, i18n
 from glmui.ui import look, page
 from glmui.ui.desk import Desk
 
@@ -35,7 +35,7 @@ def mount(app: FastAPI, desk: Desk) -> None:
             max_file_size="1kb",  # the page takes no files
             theme=look.theme(),
             css=style,
-            head=f'<script src="/glmui/assets/glmui.js?{language}"></script>',
+            head=f'<script src="/glmui/assets/glmui.js?{language}-{__version__}"></script>',
         )
     app.mount("/glmui/assets", StaticFiles(directory=ASSETS))
     app.add_api_route("/manifest.json", _manifest)

@@ -67,35 +67,32 @@ class _Wiring:
             "inputs": [self.tab, self.current, self.shown],
             "outputs": [
                 chat.thread, chat.status, chat.box, chat.earlier,
-                chat.previous, chat.version, chat.following, chat.resume, chat.regenerate,
+                chat.versions, chat.resume, chat.regenerate,
             ],
             "trigger_mode": "multiple",
             **ACT,
         }  # fmt: skip
 
     def _opening(self, blocks: gr.Blocks) -> None:
-        ours = self.settings
-        engine = [ours.model, ours.device, ours.threads, ours.quantize, ours.idle]
-        where = "() => [window.glmui.wished(), window.glmui.tab(), window.innerWidth]"
+        where = "() => [window.glmui.wished(), window.glmui.tab, window.innerWidth]"
         opened = blocks.load(
             self.do.opened,
             [self.current, self.tab, self.shown],
-            [*self.here, self.tab, self.left, self.right, *engine],
+            [*self.here, self.tab, self.left, self.right],
             js=where,
-            **QUICK,
+            **ACT,
         )
         self._then_follow(opened)
-        blocks.load(self.do.banner, None, self.chat.banner, **QUICK)
 
     def _asking(self) -> None:
         do, chat = self.do, self.chat
         asked = [self.current, chat.box, self.tab, *self.settings.of_conversation]
-        self._then_follow(chat.box.submit(do.send, asked, [self.current, chat.box], **ACT))
+        sent = chat.box.submit(do.send, asked, [self.current, chat.box], preprocess=False, **ACT)
+        self._then_follow(sent)
         chat.box.stop(do.stop, self.current, None, **ACT)
         for button, act in ((chat.regenerate, do.regenerate), (chat.resume, do.resume)):
             self._then_follow(button.click(act, [self.current, self.tab], None, **ACT))
-        for button, step in ((chat.previous, -1), (chat.following, 1)):
-            self._then_follow(button.click(do.versions(step), self.current, None, **ACT))
+        self._then_follow(chat.versions.select(do.show_version, self.current, None, **ACT))
         more = chat.earlier.click(lambda shown: shown + PAGE_OF_MESSAGES, self.shown, self.shown, **QUICK)
         self._then_follow(more)
 
@@ -118,6 +115,7 @@ class _Wiring:
             [self.current, *ours.of_conversation],
             None,
             trigger_mode="always_last",
+            preprocess=False,  # a number may be half typed: `gather` brings it within bounds
             **ACT,
         )
         ours.reset.click(do.reset, self.current, ours.of_conversation, **ACT)
@@ -130,15 +128,15 @@ class _Wiring:
 
     def _model(self) -> None:
         do, ours, welcome = self.do, self.settings, self.welcome
-        engine = [ours.model, ours.device, ours.threads, ours.quantize, ours.idle]
         changes = [
-            ours.model.input,
-            ours.device.input,
-            ours.quantize.input,
-            ours.threads.blur,
-            ours.idle.blur,
+            ("model", ours.model, ours.model.input),
+            ("device", ours.device, ours.device.input),
+            ("quantize", ours.quantize, ours.quantize.input),
+            ("threads", ours.threads, ours.threads.blur),
+            ("idle_minutes", ours.idle, ours.idle.blur),
         ]
-        gr.on(changes, do.choose, engine, None, trigger_mode="always_last", **ACT)
+        for name, control, changed in changes:
+            changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
         for area in (ours, welcome):
             asked = [area.use_folder.click, area.folder.submit]
             gr.on(asked, do.use_folder, area.folder, [area.folder, ours.model], **ACT)
@@ -147,13 +145,15 @@ class _Wiring:
         welcome.cancel.click(do.cancel_download, None, None, **QUICK)
 
     def _ticking(self) -> None:
-        side, chat, welcome = self.list, self.chat, self.welcome
+        side, chat, welcome, ours = self.list, self.chat, self.welcome, self.settings
         tick: dict[str, Any] = {
             "fn": self.do.tick,
             "inputs": [self.tab, self.current, self.seen, self.pulse, side.search],
             "outputs": [
-                side.meter, chat.chip, side.rows, self.seen, self.pulse, self.settings.model,
-                chat.thread, welcome.panel, welcome.get_starter, welcome.cancel, welcome.progress,
+                side.meter, chat.chip, self.pulse,
+                side.rows, self.seen, chat.banner, chat.thread, welcome.panel,
+                ours.model, ours.device, ours.threads, ours.quantize, ours.idle,
+                welcome.get_starter, welcome.cancel, welcome.progress,
             ],
             **QUICK,
         }  # fmt: skip

@@ -40,7 +40,7 @@ def _message(message: StoredMessage, live: Job | None, language: str) -> dict[st
     else:
         notes = footnotes(message, language)
         content = for_display(message.content)
-    lines = "".join(f"\n\n<small>{html.escape(note)}</small>" for note in notes)
+    lines = "".join(f"\n\n<small>{html.escape(note).replace('$', '&#36;')}</small>" for note in notes)
     return {"role": message.role, "content": (content + lines).strip() or "—"}
 
 
@@ -70,7 +70,7 @@ def status(live: Job | None, place: int, last: StoredMessage | None, language: s
     if live is None:
         return line("", _usage(last, language))
     if live.progress:
-        return line("busy", stage(live.progress, place, language), live.progress.fraction)
+        return line("busy", stage(live.progress, place, language), live.progress.fraction, spoken=True)
     speed = live.tokens_per_second
     words = say("status.writing", tokens=live.tokens)
     return line("busy", words + (f" · {speed:.1f} {say('status.per_second')}" if speed else ""))
@@ -98,31 +98,52 @@ def _usage(last: StoredMessage | None, language: str) -> str:
     )
 
 
-def line(kind: str, words: str, fraction: float | None = None) -> str:
-    """A line of small print with an optional bar; kind: "", "busy" or "error"."""
+def line(kind: str, words: str, fraction: float | None = None, spoken: bool = False) -> str:
+    """A line of small print with an optional bar. kind: "", "busy" or "error". spoken: by screen readers."""
     bar = "" if fraction is None else f'<i class="fill" style="width:{fraction:.0%}"></i>'
-    return f'<div class="status {kind}" role="status"><span>{html.escape(words)}</span>{bar}</div>'
+    role = ' role="status"' if spoken else ""
+    return f'<div class="status {kind}"{role}><span>{html.escape(words)}</span>{bar}</div>'
+
+
+def versions(last: StoredMessage | None, language: str) -> str:
+    """Leafing through the versions of the last reply; nothing where there is only one."""
+    if last is None or last.versions < 2:
+        return ""
+    say = partial(i18n.text, language)
+
+    def button(name: str, step: int, sign: str) -> str:
+        words = html.escape(say(f"chat.{name}"))
+        return (
+            f'<button type="button" data-step="{step}" aria-label="{words}" title="{words}">{sign}</button>'
+        )
+
+    place = f"<span>{last.version} / {last.versions}</span>"
+    return f'<div class="versions">{button("previous", -1, "‹")}{place}{button("next", 1, "›")}</div>'
 
 
 # The list at the side
 
 
-def conversations(rows: Sequence[Conversation], current: str, language: str) -> dict[str, Any]:
-    """What the list's template shows."""
-    return {
-        "rows": [
-            {
-                "id": row.id,
-                "title": row.title or i18n.text(language, "list.untitled"),
-                "when": when(row.updated_at, language),
-                "current": row.id == current,
-            }
-            for row in rows
-        ],
-        "empty": i18n.text(language, "list.empty"),
-        "rename": i18n.text(language, "list.rename"),
-        "delete": i18n.text(language, "list.delete"),
-    }
+def conversations(rows: Sequence[Conversation], current: str, language: str) -> str:
+    """The list: a row for each conversation. assets/conversations.js gives it its life."""
+    if not rows:
+        return f'<p class="none">{html.escape(i18n.text(language, "list.empty"))}</p>'
+    return f'<ul class="conversations">{"".join(_row(row, current, language) for row in rows)}</ul>'
+
+
+def _row(row: Conversation, current: str, language: str) -> str:
+    title = html.escape(row.title or i18n.text(language, "list.untitled"))
+    here = ' class="current" aria-current="true"' if row.id == current else ""
+    buttons = "".join(
+        f'<button type="button" class="{name}" title="{words}" aria-label="{words}: {title}">{sign}</button>'
+        for name, sign in (("rename", "✎"), ("delete", "✕"))
+        for words in [html.escape(i18n.text(language, f"list.{name}"))]
+    )
+    return (
+        f'<li{here} data-id="{html.escape(row.id)}">'
+        f'<button type="button" class="title" title="{title}">{title}</button>'
+        f"<time>{when(row.updated_at, language)}</time>{buttons}</li>"
+    )
 
 
 def when(moment: float, language: str, now: float | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 
@@ -46,17 +47,20 @@ class SettingsArea:
         return [*self.sliders, self.history, self.rounds, self.tokens, self.system]
 
 
-def gather(values: Sequence[object]) -> ChatSettings:
-    """The components' values as settings. Raises InvalidInput when one is out of bounds."""
-    *numbers, history, rounds, tokens, system = values
-    named = dict(zip(PARAMS, numbers, strict=True))
-    whole = {name: int(value) for name, value in named.items() if name in ("max_length", "top_k")}  # type: ignore[call-overload]
+def gather(values: Sequence[Any]) -> ChatSettings:
+    """The components' values as settings. A number half typed or left out is brought within its bounds."""
+    named = dict(zip(NAMES, values, strict=True))
+    default = ChatSettings()
+    for name, low, high, step in SLIDERS:
+        number = named[name] if isinstance(named[name], int | float) else getattr(default.params, name)
+        number = min(max(number, low), high)
+        named[name] = int(number) if isinstance(step, int) else float(number)
     return ChatSettings(
-        params=GenerationParams(**{**named, **whole}),
-        system=str(system or ""),
-        history=history,  # type: ignore[arg-type]
-        history_rounds=int(rounds),  # type: ignore[call-overload]
-        history_tokens=int(tokens),  # type: ignore[call-overload]
+        params=GenerationParams(**{name: named[name] for name in PARAMS}),
+        system=named["system"] or "",
+        history=named["history"] or default.history,
+        history_rounds=int(named["history_rounds"] or 0),
+        history_tokens=int(named["history_tokens"] or default.history_tokens),
     )
 
 
@@ -68,7 +72,12 @@ def spread(settings: ChatSettings) -> list[object]:
 def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> SettingsArea:
     default = ChatSettings()
     with gr.Accordion(words("settings.model_section"), open=True):
-        model = gr.Dropdown(label=words("settings.model"), info=words("settings.model_info"), choices=[])
+        model = gr.Dropdown(
+            label=words("settings.model"),
+            info=words("settings.model_info"),
+            choices=[],
+            allow_custom_value=True,
+        )
         folder = gr.Textbox(
             label=words("settings.folder"), info=words("settings.folder_info"), max_lines=1, elem_id="folder"
         )
