@@ -7,7 +7,10 @@ element.addEventListener("click", (event) => {
   const id = item.dataset.id;
   if (event.target.closest(".delete")) trigger("delete", { id });
   else if (event.target.closest(".rename")) edit(item);
-  else if (event.target.closest(".title")) trigger("select", { id });
+  else if (event.target.closest(".title")) {
+    trigger("select", { id });
+    window.glmui.closeSideOnPhone();
+  }
 });
 
 element.addEventListener("dblclick", (event) => {
@@ -18,6 +21,7 @@ element.addEventListener("dblclick", (event) => {
 // The title becomes a field: Enter or leaving it keeps the new title, Escape the old one.
 function edit(item) {
   const title = item.querySelector(".title");
+  const id = item.dataset.id; // the list may be made anew, and this row be another one's, before the edit ends
   if (!title || item.querySelector("input")) return;
   const field = document.createElement("input");
   field.value = title.textContent;
@@ -36,7 +40,7 @@ function edit(item) {
     title.hidden = false;
     if (keep && text && text !== title.textContent) {
       title.textContent = text;
-      trigger("edit", { id: item.dataset.id, title: text });
+      trigger("edit", { id, title: text });
     }
   };
   field.addEventListener("blur", () => end(true));

@@ -27,6 +27,11 @@ class Choice:
             return None
         return spec_of(chosen, chosen.model, catalogue.resolve(chosen.model, chosen.data_dir))
 
+    def check(self) -> None:
+        """Raise what is wrong with the chosen model's folder, if anything."""
+        if spec := self.spec():
+            family_of(Path(spec.folder))
+
     def change(self, **changes: Any) -> Settings:
         """Check and save settings. A model is opened far enough to tell that it is one."""
         if model := changes.get("model"):

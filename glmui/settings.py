@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     @classmethod
     def _known_device(cls, value: str) -> str:
         if not DEVICE_PATTERN.fullmatch(value):
-            raise ValueError("one of auto, cpu, cuda, cuda:N, mps, mixed")
+            raise ValueError(value)
         return value
 
     @field_validator("idle_minutes", mode="before")
@@ -126,8 +126,7 @@ def _checked(build: Callable[[], Settings], flags: Iterable[str] = (), page: Ite
             where = f"GLMUI_{name.upper()}"
         else:
             where = "settings.toml"
-        detail = str(first["msg"]).removeprefix("Value error, ")
-        raise InvalidInput("bad_setting", name=name, detail=detail, where=where) from error
+        raise InvalidInput(f"bad_setting.{name}", value=first["input"], where=where) from error
 
 
 def save(settings: Settings, **changes: Any) -> Settings:

@@ -72,21 +72,21 @@ def test_a_tab_follows_one_conversation_at_a_time(desk: Desk, world: World) -> N
 
 
 def test_a_tab_without_follower_is_told_to_get_one(desk: Desk, world: World) -> None:
-    assert not desk.needs_follower("tab", "")
+    assert not desk.needs_follower("tab", "", "")
     here = desk.send("", "hello", ChatSettings(), "tab")
     world.answer(here)
-    assert desk.needs_follower("tab", here)
+    assert desk.needs_follower("tab", here, here)
 
     async def watch(tab: str) -> None:
         async for _ in desk.follow(tab, here, 60):
             pass
 
     asyncio.run(watch("tab"))
-    assert not desk.needs_follower("tab", here)
-    assert desk.needs_follower("other tab", here)
+    assert not desk.needs_follower("tab", here, here)
+    assert desk.needs_follower("other tab", here, here)
     world.service.send(here, "news")
     world.answer(here)
-    assert desk.needs_follower("tab", here)
+    assert desk.needs_follower("tab", here, here)
 
 
 def test_only_the_newest_messages_are_shown(desk: Desk, world: World) -> None:

@@ -89,12 +89,12 @@ def test_times_are_said_as_people_say_them() -> None:
 
 def test_a_title_is_text_whatever_it_holds() -> None:
     row = Conversation("id", "<img onerror=x> ${1} `", True, 0.0, time.time(), None, {}, None)
-    shown = present.conversations([row, replace(row, id="x", title="")], "id", "zh")
+    shown = present.conversations([row, replace(row, id="x", title="")], "id", "", "zh")
     assert "<img" not in shown
     assert "&lt;img onerror=x&gt; ${1} `" in shown
     assert shown.count("aria-current") == 1
     assert "新对话" in shown
-    assert "还没有对话" in present.conversations([], "", "zh")
+    assert "还没有对话" in present.conversations([], "", "", "zh")
 
 
 def test_versions_are_shown_where_there_are_several() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from glmui import settings
+from glmui import i18n, settings
 from glmui.errors import InvalidInput
 
 
@@ -88,3 +88,9 @@ def test_the_data_folder_is_for_this_account_alone(tmp_path: Path) -> None:
     settings.make_data_folder(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert list(folder.iterdir()) == []
+
+
+def test_every_setting_has_its_sentence() -> None:
+    for language in i18n.LANGUAGES:
+        for name in settings.Settings.model_fields:
+            assert f"errors.bad_setting.{name}" in i18n.table(language)

@@ -138,7 +138,8 @@ def test_what_an_error_becomes(caplog: pytest.LogCaptureFixture) -> None:
     unforeseen = worker.explain(KeyError("wte"))
     assert unforeseen.code == "engine_failed"
     assert "KeyError" in unforeseen.message()
-    assert "KeyError" in caplog.text
+    assert "KeyError" in worker.trace_of(KeyError("wte"))
+    assert worker.trace_of(told) == ""
 
 
 @pytest.mark.parametrize(

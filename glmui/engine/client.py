@@ -7,6 +7,7 @@ model. Its end, wanted or not, never reaches further than the reply it was writi
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -21,10 +22,13 @@ from glmui.engine.request import Cancellations
 from glmui.errors import EngineError, ModelError
 from glmui.types import Chunk, EngineInfo, EngineSpec, GenerationParams, Message, Progress
 
+log = logging.getLogger(__name__)
+
 MOST_DEATHS, DEATH_MINUTES = 3, 5
 
 _POLL_SECONDS = 0.25
 _STOP_GRACE = 1.0  # a cancelled reply is over for the reader after so long, whatever the process still does
+_STOP_PATIENCE = 5.0  # and a process that has not obeyed by then, once it is wanted again, is ended
 _QUIET_FACTOR = 4  # a load or prefill may hold even the sign of life back (a library read from a slow disk)
 
 
@@ -47,6 +51,7 @@ class EngineClient:
         self._turn = threading.Lock()  # held by the running reply
         self._change = threading.RLock()  # guards what is above; never held while waiting for the model
         self._idle_timer: threading.Timer | None = None
+        self._stopping: tuple[EngineProcess, str] | None = None  # a stopped reply that has not ended yet
         self._closed = False
 
     def info(self) -> EngineInfo:
@@ -128,6 +133,7 @@ class EngineClient:
             yield Chunk(finish_reason="cancelled")
             return
         yield Chunk(progress=Progress("starting"))
+        self._await_stopped()
         process = self._awake()
         process.send("chat", id=request_id, **wire.chat_values(list(messages), params))
         try:
@@ -160,11 +166,14 @@ class EngineClient:
                 if chunk.finish_reason:
                     return
             if process.stopping or stop.over() or (stop.asked and process.dead):
+                self._stopping = None if process.stopping or process.dead else (process, request_id)
                 yield Chunk(finish_reason="cancelled")
                 return
 
     def _chunk(self, process: EngineProcess, event: dict[str, Any], request_id: str) -> Chunk | None:
         """The event's chunk where it belongs to this reply. Raises the error that it tells of."""
+        if event.get("trace"):
+            log.error("the engine failed\n%s", event["trace"])
         if event["kind"] == "failed" or event.get("ending"):
             self._end(process)
             raise wire.error_from(event["error"])
@@ -173,6 +182,20 @@ class EngineClient:
         if event["kind"] == "chunk" and event["id"] in ("", request_id):
             return wire.chunk_from(event["chunk"])
         return None
+
+    def _await_stopped(self) -> None:
+        """Let the reply that was stopped last come to its end in the process; one that does not is hung."""
+        if self._stopping is None:
+            return
+        (process, request_id), self._stopping = self._stopping, None
+        deadline = time.monotonic() + _STOP_PATIENCE
+        while not process.dead and not process.stopping:
+            event = process.next_event(_POLL_SECONDS)
+            if event and event.get("id") == request_id and (event["kind"] == "error" or _is_last(event)):
+                return
+            if time.monotonic() > deadline:
+                log.warning("the engine process did not obey a stop and is ended")
+                self._end(process)
 
     def _after_reply(self) -> None:
         with self._change:
@@ -206,6 +229,9 @@ class EngineClient:
         """It died or hung by itself: remember that, and make sure that nothing of it is left."""
         with self._change:
             self._deaths.append(time.monotonic())
+            log.warning(
+                "the engine process died or hung: %s", process.exit_words() if process.dead else "hung"
+            )
             self._end(process)
 
     def _end_process(self) -> None:
@@ -280,6 +306,10 @@ class _Stop:
 
     def over(self) -> bool:
         return self.asked and time.monotonic() > self._deadline
+
+
+def _is_last(event: dict[str, Any]) -> bool:
+    return event["kind"] == "chunk" and event["chunk"].get("finish_reason") is not None
 
 
 def _describe(spec: EngineSpec | None) -> EngineInfo:

@@ -7,13 +7,13 @@ a computation; one sends a sign of life every second. torch is imported inside `
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import queue
 import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -23,8 +23,6 @@ from glmui.engine.request import Cancellations
 from glmui.engine.wire import Wire, chat_from
 from glmui.errors import EngineError, GlmuiError, to_values
 from glmui.types import ChatEngine, Chunk, EngineSpec, Progress
-
-log = logging.getLogger("glmui.engine")
 
 SIGN_SECONDS = 1.0
 
@@ -53,7 +51,7 @@ def run(connection: Connection, spec: EngineSpec) -> None:
     try:
         engine = open_family(spec, post.progress)
     except BaseException as error:
-        post.send("failed", error=to_values(explain(error)))
+        post.send("failed", error=to_values(explain(error)), trace=trace_of(error))
         _end()
     post.engine = engine
     post.send("loaded", info=asdict(engine.info()))
@@ -75,18 +73,22 @@ def _answer(engine: ChatEngine, post: _Post, request: dict[str, Any]) -> bool:
     except BaseException as error:
         told = explain(error)
         going_on = isinstance(error, GlmuiError) and told.code != "out_of_memory"
-        post.send("error", id=request_id, error=to_values(told), ending=not going_on)
+        post.send("error", id=request_id, error=to_values(told), ending=not going_on, trace=trace_of(error))
         return going_on
     return True
 
 
+def trace_of(error: BaseException) -> str:
+    """What the app's log should hold of an error that nobody foresaw; "" of the others."""
+    return "" if isinstance(error, GlmuiError) else "".join(traceback.format_exception(error))
+
+
 def explain(error: BaseException) -> GlmuiError:
-    """The error in the family's words; what is not of the family is logged with its trace."""
+    """The error in the family's words."""
     if isinstance(error, GlmuiError):
         return error
     if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
         return EngineError("out_of_memory")
-    log.error("the engine failed", exc_info=error)
     first_line = (str(error).strip() or "?").splitlines()[0]
     return EngineError("engine_failed", detail=f"{type(error).__name__}: {first_line}")
 

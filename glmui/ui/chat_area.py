@@ -52,6 +52,7 @@ def build(words: Words) -> ChatArea:
         buttons=["copy"],
         placeholder=f"<h2>{words('chat.hello')}</h2><p>{words('chat.hello_more')}</p>",
         allow_tags=False,
+        autoscroll=False,  # assets/glmui.js does it, and lets the reader scroll up
         sanitize_html=True,
         feedback_options=None,
         group_consecutive_messages=False,

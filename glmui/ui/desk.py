@@ -51,8 +51,7 @@ class View:
             not self.live
             and last
             and last.role == "assistant"
-            and last.content
-            and (last.state in ("stopped", "interrupted") or last.finish_reason == "length")
+            and (last.state in ("stopped", "interrupted", "error") or last.finish_reason == "length")
         )
 
 
@@ -123,8 +122,11 @@ class Desk:
         """Names what is saved of a conversation now."""
         return f"{conversation_id}:{self.service.revision(conversation_id)}"
 
-    def needs_follower(self, tab: str, conversation_id: str) -> bool:
-        """Whether this tab shows something old: a reply it does not follow, or news from another tab."""
+    def needs_follower(self, tab: str, conversation_id: str, showing: str) -> bool:
+        """Whether this tab shows something old: a reply it does not follow, news from another tab, or what
+        the follower of another conversation (`showing`) sent last."""
+        if showing != conversation_id:
+            return True
         if not conversation_id:
             return False
         follower = self._followers.get(tab) or _Follower()

@@ -74,15 +74,17 @@ class Events:
         self.desk.service.rename(event.id, event.title)
 
     @told
-    def delete(self, current: str, event: gr.EventData) -> Updates:
+    def delete(self, current: str, deleted: str, event: gr.EventData) -> Updates:
         self.desk.service.delete(event.id)
         here = self._here("") if event.id == current else (gr.skip(),) * (2 + len(settings_area.NAMES))
-        return event.id, gr.update(visible=True), *here
+        return f"{event.id} {deleted}", gr.update(visible=True), *here
 
     @told
     def undo(self, deleted: str) -> Updates:
-        self.desk.service.restore(deleted)
-        return gr.update(visible=False), *self._here(deleted)
+        """Bring back what was deleted last; `deleted` holds the ids, newest first."""
+        newest, _, others = deleted.partition(" ")
+        self.desk.service.restore(newest)
+        return others, gr.update(visible=bool(others)), *self._here(newest)
 
     # Asking
 
@@ -116,10 +118,11 @@ class Events:
     # Following
 
     async def follow(self, tab: str, current: str, shown: int) -> AsyncIterator[Updates]:
+        """Views of the conversation as updates of the thread and of what stands below it."""
         before: tuple[Updates, ...] = ()
         try:
             async for view in self.desk.follow(tab, current, shown):
-                after = await asyncio.to_thread(self._view, view)
+                after = (*await asyncio.to_thread(self._view, view), current)
                 yield tuple(
                     gr.skip() if i < len(before) and before[i] == new else new for i, new in enumerate(after)
                 )
@@ -183,13 +186,13 @@ class Events:
 
     # The pulse of the page
 
-    def tick(self, tab: str, current: str, seen: str, pulse: int, query: str) -> Updates:
+    def tick(self, tab: str, current: str, showing: str, seen: str, pulse: int, query: str) -> Updates:
         service, chosen = self.desk.service, self.desk.choice.settings
         info = service.engine.info()
         return (
             present.meter(self.desk.meter.read(info.pid), self.language),
             present.engine(info, chosen.model, service.running(), self.language),
-            pulse + 1 if self.desk.needs_follower(tab, current) else gr.skip(),
+            pulse + 1 if self.desk.needs_follower(tab, current, showing) else gr.skip(),
             *self._news(current, seen, query),
             *self._download(),
         )
@@ -201,10 +204,11 @@ class Events:
         if news == seen:
             return (gr.skip(),) * 10
         try:
-            rows = present.conversations(service.store.conversations(query), current, self.language)
-            trouble = ""
+            rows = present.conversations(service.store.conversations(query), current, query, self.language)
         except GlmuiError as error:
             rows, news, trouble = gr.skip(), gr.skip(), error.message(self.language)
+        else:
+            trouble = self._model_trouble()
         notice = trouble or (service.store.notice.message(self.language) if service.store.notice else "")
         return (
             rows,
@@ -214,6 +218,14 @@ class Events:
             gr.update(visible=not chosen.model),
             *self._engine_settings(),
         )
+
+    def _model_trouble(self) -> str:
+        """What is wrong with the chosen model's folder, said before anybody asks it something."""
+        try:
+            self.desk.choice.check()
+        except GlmuiError as error:
+            return error.message(self.language)
+        return ""
 
     def _download(self) -> tuple[Updates, ...]:
         download = self.desk.download

@@ -33,6 +33,7 @@ class _Wiring:
     def __init__(self, desk: Desk, words: Words, assets: Path) -> None:
         self.do = Events(desk, words)
         self.current = gr.Textbox(visible="hidden", elem_id="current")  # the conversation shown, "" a new one
+        self.showing = gr.Textbox(visible="hidden")  # the conversation whose thread the last follower sent
         self.tab = gr.Textbox(visible="hidden")
         self.shown = gr.Number(PAGE_OF_MESSAGES, visible="hidden", precision=0)  # messages, at most
         self.seen = gr.Textbox(visible="hidden")  # what the list at the side was made of
@@ -67,7 +68,7 @@ class _Wiring:
             "inputs": [self.tab, self.current, self.shown],
             "outputs": [
                 chat.thread, chat.status, chat.box, chat.earlier,
-                chat.versions, chat.resume, chat.regenerate,
+                chat.versions, chat.resume, chat.regenerate, self.showing,
             ],
             "trigger_mode": "multiple",
             **ACT,
@@ -100,17 +101,21 @@ class _Wiring:
         do, side = self.do, self.list
         self._then_follow(side.new.click(do.new, None, self.here, **QUICK))
         self._then_follow(side.rows.select(do.select, None, self.here, **ACT))
-        side.rows.edit(do.rename, None, None, **ACT)
-        deleted = side.rows.delete(do.delete, self.current, [side.deleted, side.undo, *self.here], **ACT)
+        renamed = side.rows.edit(do.rename, None, None, **ACT)
+        gone = [side.deleted, side.undo, *self.here]
+        deleted = side.rows.delete(do.delete, [self.current, side.deleted], gone, **ACT)
+        undone = side.undo.click(do.undo, side.deleted, gone, **ACT)
+        for event in (renamed, deleted, undone):
+            event.success(**self._tick())  # the list shows it at once
         self._then_follow(deleted)
-        self._then_follow(side.undo.click(do.undo, side.deleted, [side.undo, *self.here], **ACT))
+        self._then_follow(undone)
 
     def _conversation_settings(self) -> None:
         do, ours = self.do, self.settings
         numbers = [*ours.sliders, ours.rounds, ours.tokens]
         changes = [slider.release for slider in numbers] + [slider.input for slider in numbers]
         gr.on(
-            [*changes, ours.history.input, ours.system.blur],
+            [*changes, ours.history.input, ours.system.change],
             do.keep_settings,
             [self.current, *ours.of_conversation],
             None,
@@ -144,11 +149,11 @@ class _Wiring:
         welcome.get_starter.click(do.get_starter, None, None, **ACT)
         welcome.cancel.click(do.cancel_download, None, None, **QUICK)
 
-    def _ticking(self) -> None:
+    def _tick(self) -> dict[str, Any]:
         side, chat, welcome, ours = self.list, self.chat, self.welcome, self.settings
-        tick: dict[str, Any] = {
+        return {
             "fn": self.do.tick,
-            "inputs": [self.tab, self.current, self.seen, self.pulse, side.search],
+            "inputs": [self.tab, self.current, self.showing, self.seen, self.pulse, side.search],
             "outputs": [
                 side.meter, chat.chip, self.pulse,
                 side.rows, self.seen, chat.banner, chat.thread, welcome.panel,
@@ -157,6 +162,8 @@ class _Wiring:
             ],
             **QUICK,
         }  # fmt: skip
-        gr.Timer(TICK_SECONDS).tick(**tick, trigger_mode="once")
-        gr.on([side.search.change, self.current.change], **tick, trigger_mode="always_last")
+
+    def _ticking(self) -> None:
+        gr.Timer(TICK_SECONDS).tick(**self._tick(), trigger_mode="once")
+        gr.on([self.list.search.change, self.current.change], **self._tick(), trigger_mode="always_last")
         self.pulse.change(**self._follow())

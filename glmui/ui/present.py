@@ -51,7 +51,7 @@ def footnotes(message: StoredMessage, language: str) -> list[str]:
     if message.left_out:
         notes.append(say("notes.left_out", rounds=message.left_out))
     if message.error:
-        notes.append(errors.from_values(*message.error).message(language))
+        notes.append(f"⚠ {errors.from_values(*message.error).message(language)}")
     elif message.state in ("stopped", "interrupted"):
         notes.append(say(f"notes.{message.state}"))
     elif message.finish_reason == "length":
@@ -124,10 +124,11 @@ def versions(last: StoredMessage | None, language: str) -> str:
 # The list at the side
 
 
-def conversations(rows: Sequence[Conversation], current: str, language: str) -> str:
+def conversations(rows: Sequence[Conversation], current: str, query: str, language: str) -> str:
     """The list: a row for each conversation. assets/conversations.js gives it its life."""
     if not rows:
-        return f'<p class="none">{html.escape(i18n.text(language, "list.empty"))}</p>'
+        words = i18n.text(language, "list.not_found" if query.strip() else "list.empty")
+        return f'<p class="none">{html.escape(words)}</p>'
     return f'<ul class="conversations">{"".join(_row(row, current, language) for row in rows)}</ul>'
 
 
@@ -173,7 +174,7 @@ def engine(info: EngineInfo, chosen: str, running: int, language: str) -> str:
     return (
         f'<div class="chip {state}" title="{html.escape(why)}"><b></b>'
         f"<span>{html.escape(where or say('engine.none'))}</span>"
-        f"<em>{html.escape(say(f'engine.{state}'))}</em></div>"
+        f"<em>{html.escape(say(f'engine.{state}') if chosen else '')}</em></div>"
     )
 
 

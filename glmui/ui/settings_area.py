@@ -147,10 +147,11 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             max_length=20_000,
         )
         reset = gr.Button(words("settings.reset"), size="sm", elem_id="reset")
+    themes = "|".join(words(f"looks.{theme}") for theme in ("system", "light", "dark"))
     other = "en" if words.language == "zh" else "zh"
     gr.HTML(
         f'<button type="button" data-glmui="language:{other}">{words("looks.language")}</button>'
-        f'<button type="button" data-glmui="theme">{words("looks.theme")}</button>',
+        f'<button type="button" data-glmui="theme" data-themes="{themes}">{words("looks.system")}</button>',
         elem_id="looks",
     )
     return SettingsArea(
