@@ -5,8 +5,8 @@
     python benchmarks/load_memory.py FOLDER --bits 4     # a float16 folder, quantised while loading
 
 Memory is what the load adds to a process that has torch imported already: `anonymous` is private memory,
-`total` counts the pages of mapped files too. Both are peaks, sampled every 5 ms, once for the load alone and once
-more with a first token, which touches every weight.
+`total` counts the pages of mapped files too. Both are peaks, sampled every 5 ms: for the load alone, and
+with a first token, which touches every weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from glmui.glm.checkpoint import load_model, weight_files
+from glmui.glm.checkpoint import load_model
+from glmui.glm.files import weight_files
 
 
 class Watch:

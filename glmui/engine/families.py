@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from glmui.engine.model_folder import Family, check_causal_lm, describe
+from glmui.glm.files import check_folder
 from glmui.types import ChatEngine, EngineSpec, Progress
 
 
@@ -13,11 +14,14 @@ def family_of(folder: Path | str) -> Family:
     """The folder's family, once everything that can be checked without opening the weights is right.
 
     Raises ModelError naming the folder and the file: no folder, config.json, tokenizer or chat template; no
-    safetensors (only .bin), a missing or empty shard, a Git LFS pointer, weights in a foreign format.
+    safetensors (only .bin), a missing or empty shard, a Git LFS pointer, weights in a foreign format, or a
+    ChatGLM2 or 3 (which name themselves as ChatGLM-6B does).
     """
     found = describe(folder)
     if found.family == "causal_lm":
         check_causal_lm(Path(folder))
+    elif found.family == "chatglm":
+        check_folder(folder)
     return found.family
 
 

@@ -34,3 +34,9 @@ def read_template(folder: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
+
+
+def refuse_chatglm2(config: dict[str, Any], folder: Path | str) -> None:
+    """Raise ModelError for a ChatGLM2 or 3: they name themselves "chatglm" too, but have other keys."""
+    if "multi_query_attention" in config or "padded_vocab_size" in config or "ffn_hidden_size" in config:
+        raise ModelError("model_is_chatglm2", folder=folder)

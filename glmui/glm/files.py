@@ -1,0 +1,65 @@
+"""A ChatGLM-6B folder's files, looked at without opening the weights. No torch."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+from glmui.errors import ModelError
+from glmui.glm.config import GLMConfig, read_json
+from glmui.text.chatglm import VOCABULARY
+
+_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
+
+
+def check_folder(folder: Path | str) -> GLMConfig:
+    """The folder's config, once all of its files are there and look like what their names say.
+
+    Raises ModelError: another model (ChatGLM2 and 3 are told apart), no vocabulary, a weight file that is
+    missing, a Git LFS pointer, a web page, or a .bin that is cut short or of the old form.
+    """
+    folder = Path(folder)
+    config = GLMConfig.from_folder(folder)
+    if not (folder / VOCABULARY).is_file():
+        raise ModelError("model_no_vocabulary", file=folder / VOCABULARY)
+    for file in weight_files(folder):
+        look_at(file)
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those an index names, or the single one. Safetensors win."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = f"{stem}.{suffix}.index.json"
+        if (folder / index).is_file():
+            names = read_json(folder, index).get("weight_map")
+            if not isinstance(names, dict) or not all(_is_plain_name(n) for n in names.values()):
+                raise refusal("model_file_broken", folder / index)
+            return [folder / name for name in sorted(set(names.values()))]
+        if (folder / f"{stem}.{suffix}").exists():
+            return [folder / f"{stem}.{suffix}"]
+    raise ModelError("model_no_weights", folder=folder)
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def refusal(code: str, file: Path) -> ModelError:
+    """The error of that code about that file."""
+    return ModelError(code, folder=file.parent, file=file.name)
+
+
+def look_at(file: Path) -> None:
+    """Tell the usual accidents of a download from a weight file. Raises ModelError."""
+    if not file.is_file():
+        raise refusal("model_file_missing", file)
+    with file.open("rb") as opened:
+        start = opened.read(200)
+    if start.startswith(b"version https://git-lfs"):
+        raise refusal("model_lfs_pointer", file)
+    if _WEB_PAGE.match(start):
+        raise refusal("model_file_page", file)
+    if file.suffix == ".bin" and not zipfile.is_zipfile(file):
+        raise refusal("model_file_old" if start.startswith(b"\x80") else "model_file_cut", file)

@@ -1,0 +1,238 @@
+"""ChatGLM-6B: a GLM of 28 blocks that fills in the gap [gMASK] of its prompt, token after token.
+
+A GLM (Du et al., 2022) differs from other decoders in four ways, all visible below:
+
+* the prompt sees all of itself, only the answer is causal, and positions are of two kinds (layout.py);
+* the residual is the *normed* input times sqrt(2 * 28), so that 28 blocks stay in float16's range;
+* a head's query, key and value lie side by side in one projection;
+* the output head is the embedding.
+
+Modules carry the names of the published checkpoint, so its tensors fit as they are. Shapes at line
+ends: b batch, n new tokens, t all tokens so far, h heads, d head size, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmui.glm.cache import KVCache
+from glmui.glm.config import GLMConfig
+from glmui.glm.layout import Layout
+from glmui.glm.rotary import rotary_table, rotate
+
+# The published code always takes 28 here, whatever the number of layers.
+RESIDUAL = math.sqrt(2 * 28)
+
+# Tokens worked on at a time in a long prompt: bounds memory, and how long Stop waits.
+PIECE = 256
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: GLMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads = layer, config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def project(self, x: Tensor, rotary: Rotary, cache: KVCache, start: int) -> Tensor:
+        """Write the keys and values of x [b, n, H] to the cache from `start` on; return the queries."""
+        q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)  # b n h d
+        cache.write(self.layer, start, rotate(k, rotary), v)
+        return rotate(q, rotary)  # b n h d
+
+    def attend(self, queries: Tensor, cache: KVCache, end: int, visible: Tensor | None) -> Tensor:
+        """What queries [b, n, h, d] find among the first `end` tokens. visible: [b, 1, n, t], None: all."""
+        keys, values = cache.read(self.layer, end)  # b h t d
+        found = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, visible)  # b h n d
+        out: Tensor = self.dense(found.transpose(1, 2).flatten(-2))  # b n H
+        return out
+
+
+class GLU(nn.Module):
+    """Two layers with a GELU (tanh form) between; the published name promises a gate there is none of."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.gelu(self.dense_h_to_4h(x), approximate="tanh")  # b n 4H
+        out: Tensor = self.dense_4h_to_h(inner)  # b n H
+        return out
+
+
+class GLMBlock(nn.Module):
+    """Attention and MLP. A long prompt goes through in pieces: first the keys and values of all pieces,
+    since every row of the context looks at all of them, then attention and MLP piece by piece."""
+
+    def __init__(self, config: GLMConfig, layer: int) -> None:
+        super().__init__()
+        norm = (config.hidden_size, config.layernorm_epsilon)
+        self.input_layernorm = nn.LayerNorm(*norm)
+        self.attention = SelfAttention(config, layer)
+        self.post_attention_layernorm = nn.LayerNorm(*norm)
+        self.mlp = GLU(config)
+
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, layout: Layout, cache: KVCache, on_piece: Callable[[], None]
+    ) -> Tensor:
+        """hidden [b, n, H] of the tokens after cache.length → [b, n, H]."""
+        hidden, cos, sin = (beside(self.attention.dense.bias, x) for x in (hidden, *rotary))
+        start, end = cache.length, cache.length + hidden.shape[1]
+        queries = []
+        for first, last in pieces(hidden.shape[1]):
+            x = self.input_layernorm(hidden[:, first:last])
+            table = cos[:, first:last], sin[:, first:last]
+            queries.append(self.attention.project(x, table, cache, start + first))
+            on_piece()
+        done = []
+        for query, (first, last) in zip(queries, pieces(hidden.shape[1]), strict=True):
+            visible = mask(layout, start + first, start + last, end, hidden.device)
+            x = self.input_layernorm(hidden[:, first:last])
+            x = RESIDUAL * x + self.attention.attend(query, cache, end, visible)
+            x = self.post_attention_layernorm(x)
+            done.append(RESIDUAL * x + self.mlp(x))
+            on_piece()
+        return done[0] if len(done) == 1 else torch.cat(done, dim=1)
+
+
+class GLMTransformer(nn.Module):
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GLMBlock(config, layer) for layer in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+
+    @property
+    def first(self) -> GLMBlock:
+        block = self.layers[0]
+        assert isinstance(block, GLMBlock)
+        return block
+
+    def forward(
+        self, ids: Tensor, layout: Layout, cache: KVCache, on_piece: Callable[[float], None] | None = None
+    ) -> Tensor:
+        """ids [b, n] int64, coming after the cache's tokens → normed hidden states [b, n, H].
+
+        Each block computes in the dtype of its biases. on_piece is told the part done, 0..1, and may
+        raise to stop: the cache then still has its old length.
+        """
+        hidden = self.word_embeddings(ids)  # b n H
+        end = cache.length + ids.shape[1]
+        dtype = self.first.attention.dense.bias.dtype
+        rotary = rotary_table(layout.positions(cache.length, end), self.head_size, dtype)
+        tick = ticker(2 * len(self.layers) * len(pieces(ids.shape[1])), on_piece)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, layout, cache, tick)
+        cache.length = end
+        out: Tensor = self.final_layernorm(beside(self.final_layernorm.weight, hidden))
+        return out
+
+
+class TiedHead(nn.Linear):
+    """Logits from the embedding's own tensor, which may be kept in fewer bits than are computed in:
+    then blocks of it are widened one at a time, so that exactness costs no second copy."""
+
+    BLOCK = 1 << 20  # values: 4 MiB in float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] → logits [..., V] in x's dtype."""
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight)
+        logits = x.new_empty(*x.shape[:-1], self.out_features)
+        step = max(1, self.BLOCK // self.in_features)
+        for first in range(0, self.out_features, step):
+            rows = self.weight[first : first + step].to(x.dtype)
+            logits[..., first : first + step] = F.linear(x, rows)
+        return logits
+
+
+class ChatGLMModel(nn.Module):
+    """The whole network. Weights are random until checkpoint.load_model fills them."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GLMTransformer(config)
+        self.lm_head: nn.Module = TiedHead(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    @classmethod
+    def around(cls, config: GLMConfig, transformer: GLMTransformer, lm_head: nn.Module) -> ChatGLMModel:
+        """A model of parts that exist already, nothing copied."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.config, model.transformer, model.lm_head = config, transformer, lm_head
+        return model
+
+    def tie(self) -> None:
+        """Make the output head use the embedding's tensors (a quantised one has two)."""
+        for name, tensor in self.transformer.word_embeddings.named_parameters():
+            setattr(self.lm_head, name, tensor)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for `capacity` tokens."""
+        return KVCache(self.config.num_layers, capacity)
+
+    def forward(
+        self,
+        ids: Tensor,
+        layout: Layout | None = None,
+        cache: KVCache | None = None,
+        on_piece: Callable[[float], None] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits [b, n, V] for ids [b, n] int64, or [b, 1, V] of the last position.
+
+        layout: of the prompt, needed once the cache holds it; None makes it from `ids`. cache: None for none.
+        """
+        layout = Layout.of(ids, self.config) if layout is None else layout
+        cache = self.new_cache(ids.shape[1]) if cache is None else cache
+        hidden = self.transformer(ids, layout, cache, on_piece)
+        logits: Tensor = self.lm_head(hidden[:, -1:] if last_only else hidden)
+        return logits
+
+
+def pieces(length: int) -> list[tuple[int, int]]:
+    """Cut `length` tokens into (first, last + 1) of at most PIECE."""
+    return [(first, min(first + PIECE, length)) for first in range(0, length, PIECE)]
+
+
+def beside(weight: Tensor, x: Tensor) -> Tensor:
+    """x in the device and dtype of `weight`: parts of a model may differ in both.
+
+    A weight on "meta" has been put away by accelerate, which moves inputs by itself.
+    """
+    return x if weight.is_meta else x.to(weight)
+
+
+def mask(layout: Layout, start: int, end: int, columns: int, device: torch.device) -> Tensor | None:
+    """Which columns the rows start..end-1 see, [b, 1, rows, columns] bool, or None where they see all."""
+    if not layout.padded:
+        newest = end - start == 1 and end == columns
+        return None if newest else layout.visible(start, end, columns).to(device)
+    visible = layout.visible(start, end, columns).to(device)
+    # Rows of padding see nothing; a softmax over nothing is NaN, so let them see all: nobody reads them.
+    return visible | ~visible.any(-1, keepdim=True)
+
+
+def ticker(total: int, report: Callable[[float], None] | None) -> Callable[[], None]:
+    """A function that reports the part done each time it is called, `total` times in all."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if report is not None:
+            report(done / total)
+
+    return tick

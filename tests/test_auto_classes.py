@@ -1,0 +1,189 @@
+"""ChatGLM-6B through transformers' own Auto classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+
+from glmui import quantize, register_auto_classes
+from glmui.errors import ModelError
+from glmui.quant import QuantizedLinear
+from tests.chatglm_fixture import KINDS, copy_checkpoint, goldens
+from tests.reference import reference
+
+Folder = Callable[[str], Path]
+PROMPTS = ["你好", "Hello, how are you today?", "今天天气真不错"]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register_auto_classes()
+    register_auto_classes()  # a second time is no error
+
+
+def quantised_layers(model: Any) -> int:
+    return sum(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_greedy_ids(tiny_chatglm: Folder, kind: str) -> None:
+    model = AutoModel.from_pretrained(tiny_chatglm(kind)).float()
+    for case in goldens()["models"][kind]["prompts"][:4]:
+        ids = torch.tensor([case["input_ids"]])
+        out = model.generate(ids, max_new_tokens=32, do_sample=False)
+        assert out[0, ids.shape[1] :].tolist() == case["greedy_ids"]
+
+
+def test_published_batch(published_chatglm: Folder) -> None:
+    case = goldens()["models"]["fp16"]["batch"]
+    tokenizer = AutoTokenizer.from_pretrained(published_chatglm("fp16"))
+    model = AutoModel.from_pretrained(published_chatglm("fp16")).float()
+    inputs = tokenizer(case["prompts"], return_tensors="pt", padding=True)
+    assert inputs["input_ids"].tolist() == case["input_ids"]
+    out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert [
+        tokenizer.decode(row, skip_special_tokens=True) for row in out[:, inputs["input_ids"].shape[1] :]
+    ] == case["decoded"]
+
+
+def test_published_tokenizer(published_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(published_chatglm("int4"))
+    golden = json.loads(reference("goldens/tokenizer.json").read_text(encoding="utf-8"))
+    for case in golden["strings"]:
+        assert tokenizer.encode(case["text"]) == case["ids"]
+        assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids_no_special"]
+        assert tokenizer.decode(case["ids"]) == case["decode"]
+        assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["decode_skip"]
+    for pair in golden["pairs"]:
+        assert tokenizer(pair["a"], pair["b"])["input_ids"] == pair["ids"]
+    for cut in golden["truncation"]:
+        assert (
+            tokenizer(cut["text"], truncation=True, max_length=cut["max_length"])["input_ids"] == cut["ids"]
+        )
+    padded = tokenizer(golden["batch_maxlen16"]["texts"], padding="max_length", max_length=16)
+    assert padded["input_ids"] == golden["batch_maxlen16"]["input_ids"]
+    assert padded["attention_mask"][0] == [0] * 12 + [1] * 4
+
+
+def test_tokenizer_s_own_ways(tiny_chatglm: Folder, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int4"))
+    assert tokenizer.vocab_size == len(tokenizer) == 130344
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (130005, 3, 130004)
+    assert tokenizer.convert_tokens_to_ids("[gMASK]") == 130001
+    assert tokenizer.convert_ids_to_tokens([4, 130004]) == ["<n>", "<sop>"]
+    assert tokenizer.decode(20) == tokenizer.decode([20])
+    assert tokenizer.batch_decode(tokenizer(["你好"])["input_ids"]) == ["你好"]
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "ice_text.model").is_file()
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
+def test_every_auto_class_opens_it(tiny_chatglm: Folder, auto: Any) -> None:
+    model = auto.from_pretrained(tiny_chatglm("int4"))
+    assert quantised_layers(model) == 16
+    assert not model.training
+
+
+def test_config(tiny_chatglm: Folder) -> None:
+    config = AutoConfig.from_pretrained(tiny_chatglm("int4"))
+    assert (config.num_layers, config.num_hidden_layers, config.quantization_bit) == (4, 4, 4)
+
+
+def test_dtypes(tiny_chatglm: Folder) -> None:
+    ids = torch.tensor([[5, 20, 130001, 130004]])
+    as_stored = AutoModel.from_pretrained(tiny_chatglm("fp16"))
+    assert as_stored.transformer.layers[0].mlp.dense_h_to_4h.weight.dtype == torch.float16
+    assert as_stored(ids).logits.isfinite().all()
+    assert as_stored.half()(ids).logits.dtype == torch.float16
+    assert as_stored.float()(ids).logits.dtype == torch.float32
+    wished = AutoModel.from_pretrained(tiny_chatglm("fp16"), dtype=torch.bfloat16)
+    assert wished(ids).logits.dtype == torch.bfloat16
+    assert (
+        AutoModel.from_pretrained(tiny_chatglm("int4"), torch_dtype="float32")(ids).logits.dtype
+        == torch.float32
+    )
+
+
+def test_quantize_method_and_loading_flags(tiny_chatglm: Folder) -> None:
+    ids = torch.tensor([goldens()["models"]["int4"]["prompts"][0]["input_ids"]])
+    published = AutoModel.from_pretrained(tiny_chatglm("int4")).float()(ids).logits
+    quantised = AutoModel.from_pretrained(tiny_chatglm("fp16")).quantize(4).float()
+    assert quantised_layers(quantised) == 16
+    assert torch.allclose(quantised(ids).logits, published, atol=0.1)  # norms of float32, not of float16
+    flagged = AutoModel.from_pretrained(tiny_chatglm("fp16"), load_in_4bit=True, use_quantization_cache=True)
+    assert quantised_layers(flagged) == 16
+    both = quantize(AutoModel.from_pretrained(tiny_chatglm("fp16")).float(), 8, quantization_embeddings=True)
+    assert quantised_layers(both) == 17
+    assert both(ids).logits.isfinite().all()
+
+
+def test_chat_and_generate_agree(tiny_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int4"))
+    model = AutoModel.from_pretrained(tiny_chatglm("int4")).float()
+    inputs = tokenizer(["你好"], return_tensors="pt")
+    out = model.generate(**inputs, max_length=24, do_sample=False)
+    new = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+    response, history = model.chat(tokenizer, "你好", history=[], max_length=24, do_sample=False)
+    assert response == new.strip()
+    *_, (streamed, _) = model.stream_chat(tokenizer, "你好", max_length=24, do_sample=False)
+    assert streamed == response
+    assert history == [("你好", response)]
+
+
+def test_a_padded_batch_is_single_runs(tiny_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int8"))
+    model = AutoModel.from_pretrained(tiny_chatglm("int8")).float()
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    out = model.generate(**batch, max_new_tokens=10, do_sample=False)
+    for prompt, row in zip(PROMPTS, out, strict=True):
+        single = tokenizer([prompt], return_tensors="pt")
+        alone = model.generate(**single, max_new_tokens=10, do_sample=False)
+        assert row[-10:].tolist() == alone[0, -10:].tolist()
+
+
+def test_beams_and_no_cache(tiny_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("fp16"))
+    model = AutoModel.from_pretrained(tiny_chatglm("fp16")).float()
+    inputs = tokenizer(PROMPTS[:2], return_tensors="pt", padding=True)
+    how = {"max_new_tokens": 6, "do_sample": False}
+    with_cache = model.generate(**inputs, **how, num_beams=3)
+    assert torch.equal(with_cache, model.generate(**inputs, **how, num_beams=3, use_cache=False))
+    assert torch.equal(model.generate(**inputs, **how), model.generate(**inputs, **how, use_cache=False))
+
+
+def test_other_folders_are_told_apart(tiny_chatglm: Folder, tmp_path: Path) -> None:
+    folder = copy_checkpoint(tiny_chatglm("int4"), tmp_path / "chatglm2")
+    (folder / "config.json").unlink()
+    values = {"model_type": "chatglm", "multi_query_attention": True, "padded_vocab_size": 65024}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError) as caught:
+        AutoModel.from_pretrained(folder)
+    assert caught.value.code == "model_is_chatglm2"
+
+
+def test_a_device_map_of_names(tiny_chatglm: Folder) -> None:
+    model = AutoModel.from_pretrained(
+        tiny_chatglm("int4"), device_map={"": "cpu", "transformer.layers.1": "meta"}
+    )
+    assert {p.device.type for p in model.transformer.layers[1].parameters()} == {"meta"}
+    assert {p.device.type for p in model.transformer.layers[0].parameters()} == {"cpu"}
+
+
+def test_a_fresh_model_from_its_config(tiny_chatglm: Folder) -> None:
+    config = AutoConfig.from_pretrained(tiny_chatglm("int4"))
+    config.vocab_size = 130528
+    model = AutoModel.from_config(config)
+    assert quantised_layers(model) == 16
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
