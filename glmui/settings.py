@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     device: str = "auto"
     threads: int | None = Field(None, ge=1, le=1024)  # None: the physical cores
     quantize: Literal["none", "int8", "int4"] = "none"  # weights of a transformers model, once loaded
+    cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"  # see docs/kernels.md
     starter: bool = False  # fetch the starter model at start if it is not there
     idle_minutes: float = Field(30, ge=0, le=525_600)  # 0: never end an idle engine
     language: Literal["", "en", "zh"] = ""  # "": the browser's
@@ -80,6 +81,7 @@ def spec_of(settings: Settings, model: str, folder: Path | str) -> EngineSpec:
         device=settings.device,
         threads=settings.threads,
         quantize=settings.quantize,
+        cpu_precision=settings.cpu_precision,
         stop_repetition=settings.stop_repetition,
     )
 

@@ -133,6 +133,7 @@ class EngineSpec:
 
     folder: the model's folder, or "echo" for the scripted engine. device: "auto", "cpu", "cuda:0" ….
     threads: None means the physical cores. quantize: "none", "int8" or "int4" while loading.
+    cpu_precision: of the activations that meet quantised weights on a CPU (docs/kernels.md).
     """
 
     model: str
@@ -140,6 +141,7 @@ class EngineSpec:
     device: str = "auto"
     threads: int | None = None
     quantize: str = "none"
+    cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"
     stop_repetition: bool = True
 
 

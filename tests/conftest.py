@@ -1,6 +1,26 @@
 """Fixtures that several test files share."""
 
-from tests.chatglm_fixture import published_chatglm, tiny_chatglm
-from tests.starter_fixture import starter_data
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# As in the engine process: two OpenMP threads that wait by spinning crawl once anything else wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tests.chatglm_fixture import published_chatglm, tiny_chatglm  # noqa: E402
+from tests.starter_fixture import starter_data  # noqa: E402
 
 __all__ = ["published_chatglm", "starter_data", "tiny_chatglm"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are built for this run, and nothing is left in the account's own cache."""
+    before = dict(os.environ)
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.clear()
+    os.environ.update(before)

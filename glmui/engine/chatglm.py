@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import platformdirs
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from glmui.glm.checkpoint import Place, everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, pad_left
 from glmui.glm.model import ChatGLMModel
+from glmui.quant.fast import use_kernels
+from glmui.quant.kernels import Loaded, Numerics
+from glmui.quant.kernels import load as load_kernels
 from glmui.text.chatglm import ChatGLMTokenizer, begun_reply, prompt_ids
 from glmui.text.chatglm_reply import ChatGLMDetokeniser
 from glmui.types import Chunk, EngineInfo, EngineSpec, GenerationParams, Message, Progress
@@ -178,6 +182,7 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> C
         folder, where.place, bits, on_progress=lambda part: on_progress(Progress("loading", part))
     )
     stored = bits or config.quantization_bit
+    kernels = with_kernels(model, where, threads, spec.cpu_precision) if stored else None
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -186,7 +191,9 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> C
         dtype=f"int{stored}" if stored else str(where.dtype).removeprefix("torch."),
         threads=threads,
         context_length=config.max_sequence_length,
-        reason=where.reason,
+        reason=where.reason if kernels is None or kernels.kernels else kernels.reason,
+        kernel=kernels.name if kernels and kernels.kernels else "",
+        cpu_precision=spec.cpu_precision if kernels and kernels.kernels else "",
     )
     speaker = Speaker(
         decoder=ChatGLMDecoder(model),
@@ -196,6 +203,21 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> C
         on_progress=on_progress,
     )
     return ChatGLMEngine(speaker, tokenizer, info)
+
+
+def with_kernels(model: ChatGLMModel, where: Placement, threads: int, numerics: Numerics) -> Loaded | None:
+    """Let the C kernels compute the quantised layers that are on the CPU; None where there are none."""
+    if where.device not in ("cpu", "mixed"):
+        return None
+    loaded = load_kernels(kernel_folder(), threads)
+    if loaded.kernels:
+        use_kernels(model, loaded.kernels, numerics)
+    return loaded
+
+
+def kernel_folder() -> Path:
+    """Where built kernels are kept for this account."""
+    return Path(platformdirs.user_cache_dir("glmui", appauthor=False)) / "kernels"
 
 
 def open_tokenizer(folder: Path, config: GLMConfig) -> ChatGLMTokenizer:

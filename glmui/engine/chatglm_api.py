@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glmui import i18n, prompts
-from glmui.engine.chatglm import ChatGLMDecoder, device_map, open_tokenizer, placement
+from glmui.engine.chatglm import ChatGLMDecoder, device_map, open_tokenizer, placement, with_kernels
 from glmui.engine.generate import generate_ids
 from glmui.engine.sampling import Sampler, blank_where_broken, make_generator, refuse_broken
 from glmui.errors import InvalidInput
@@ -144,7 +144,10 @@ class ChatGLM(Chatting):
         tokenizer = open_tokenizer(Path(folder), config)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         where = placement(device, config, wanted, bits or config.quantization_bit)
-        return cls(load_model(folder, where.place, bits or 0), tokenizer)
+        model = load_model(folder, where.place, bits or 0)
+        if where.dtype == torch.float32 and (bits or config.quantization_bit):
+            with_kernels(model, where, torch.get_num_threads(), "exact")
+        return cls(model, tokenizer)
 
     @property
     def device_map(self) -> Mapping[str, str]:

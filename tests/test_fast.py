@@ -1,0 +1,74 @@
+"""The C kernels inside a model: the same numbers, chosen by themselves, told of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from glmui.engine import chatglm
+from glmui.engine.chatglm import kernel_folder, open_chatglm
+from glmui.engine.chatglm_api import ChatGLM
+from glmui.glm.checkpoint import load_model
+from glmui.quant.fast import KernelHead, KernelLinear, use_kernels
+from glmui.quant.kernels import Kernels, Loaded, load
+from glmui.types import EngineSpec, GenerationParams, Message
+
+IDS = [5, 300, 301, 302, 303, 304]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    loaded = load(kernel_folder(), threads=2)
+    if loaded.kernels is None:
+        pytest.skip(f"no kernels on this machine: {loaded.reason}")
+    return loaded.kernels
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize(("numerics", "error"), [("exact", 1e-4), ("balanced", 5e-3), ("fast", 0.5)])
+def test_a_model_with_kernels_says_the_same(
+    tiny_chatglm: Callable[[str], Path], kernels: Kernels, name: str, numerics: str, error: float
+) -> None:
+    model = load_model(tiny_chatglm(name))
+    ids = torch.tensor([[*IDS, model.config.gmask_token_id, model.config.bos_token_id]])
+    with torch.inference_mode():
+        before = model(ids)
+        use_kernels(model, kernels, numerics)  # type: ignore[arg-type]
+        after = model(ids)
+    swapped = [m for m in model.modules() if isinstance(m, KernelLinear)]
+    assert len(swapped) == 4 * model.config.num_layers
+    assert isinstance(model.lm_head, KernelHead)
+    assert (before - after).abs().max() < error
+
+
+def test_the_engine_uses_kernels_and_tells_which(
+    tiny_chatglm: Callable[[str], Path], kernels: Kernels
+) -> None:
+    spec = EngineSpec("tiny", str(tiny_chatglm("int4")), device="cpu", cpu_precision="exact")
+    engine = open_chatglm(spec, lambda progress: None)
+    assert (engine.info().kernel, engine.info().cpu_precision) == (kernels.name, "exact")
+    chunks = list(engine.stream_chat([Message("user", "hello")], GenerationParams(max_new_tokens=4), "1"))
+    assert chunks[-1].usage is not None
+
+
+def test_without_kernels_torch_answers_and_the_reason_is_told(
+    tiny_chatglm: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatglm, "load_kernels", lambda *_: Loaded(None, "reasons.kernels_not_built"))
+    engine = open_chatglm(EngineSpec("tiny", str(tiny_chatglm("int4")), device="cpu"), lambda progress: None)
+    assert (engine.info().kernel, engine.info().reason) == ("", "reasons.kernels_not_built")
+    chunks = list(engine.stream_chat([Message("user", "hello")], GenerationParams(max_new_tokens=4), "1"))
+    assert chunks[-1].finish_reason is not None
+
+
+def test_the_python_api_stays_exact_in_float32(tiny_chatglm: Callable[[str], Path], kernels: Kernels) -> None:
+    folder: Path = tiny_chatglm("int4")
+    reference = load_model(folder)
+    lm = ChatGLM.from_pretrained(folder, device="cpu", dtype="float32")
+    ids = [*IDS, reference.config.gmask_token_id, reference.config.bos_token_id]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids]))[0, -1]
+    assert (lm.next_logits(ids) - expected).abs().max() < 1e-4
