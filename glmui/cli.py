@@ -52,6 +52,12 @@ CHAT: tuple[Flag, ...] = (
     *PARAMS,
     *COMMON,
 )
+BENCH: tuple[Flag, ...] = (
+    ("--model", {"metavar": "NAME|DIR"}),
+    ("--random", {"metavar": "chatglm-6b-int4", "choices": ("chatglm-6b-int4", "tiny")}),
+    ("--json", {"action": "store_true"}),
+    *COMMON,
+)
 
 
 def serve(options: argparse.Namespace, language: str) -> int:
@@ -80,6 +86,18 @@ def chat(options: argparse.Namespace, language: str) -> int:
     return run(Wish(loaded.model, options.prompt, params, options.system, options.json), loaded, language)
 
 
+def bench(options: argparse.Namespace, language: str) -> int:
+    """How fast a model runs here."""
+    from glmui import settings
+    from glmui.errors import InvalidInput
+    from glmui.tools.bench import Wish, run
+
+    loaded = settings.load(**{name: getattr(options, name) for name in ("model", *_COMMON_SETTINGS)})
+    if (options.model and options.random) or not (loaded.model or options.random):
+        raise InvalidInput("bench_model_or_random")
+    return run(Wish(loaded.model, options.random or "", options.json), loaded, language)
+
+
 _COMMON_SETTINGS = ("data_dir", "device", "threads", "log_level")
 
 
@@ -89,7 +107,7 @@ class Command:
     run: Callable[[argparse.Namespace, str], int]
 
 
-COMMANDS = {"serve": Command(SERVE, serve), "chat": Command(CHAT, chat)}
+COMMANDS = {"serve": Command(SERVE, serve), "chat": Command(CHAT, chat), "bench": Command(BENCH, bench)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

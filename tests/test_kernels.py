@@ -110,7 +110,7 @@ def test_any_shape_is_right(
     layer = Layer(rows, columns, bits, seed=seed)
     x = torch.randn(inputs, columns, generator=torch.Generator().manual_seed(seed))
     # Relative to what is added up, for a random sum may come out near zero.
-    size = (x.double().norm(dim=1, keepdim=True) * layer.matrix.norm(dim=1)).clamp_min(1e-9)
+    size = x.double().norm(dim=1, keepdim=True) * layer.matrix.norm(dim=1) + layer.bias.abs()
     for kernels in targets:
         for numerics, tolerance in TOLERANCE.items():
             got = kernels.linear(x, layer.packed(kernels), layer.bias, numerics)
