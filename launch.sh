@@ -1,6 +1,6 @@
 #!/bin/sh
 # Starts glmui: makes .venv the first time, then runs app.py with every argument passed on.
-#   ./launch.sh [ARGUMENTS]        as `python app.py ARGUMENTS`: doctor, chat, --port 8000 ...
+#   ./launch.sh [ARGUMENTS]        as `python app.py ARGUMENTS`: chat, bench, --port 8000 ...
 #   ./launch.sh test [ARGUMENTS]   the tests
 #   ./launch.sh --desktop-entry    an entry in the applications menu (Linux)
 # Plain POSIX sh; what it shares with launch.bat is in launch.py. docs/launching.md tells the whole way.

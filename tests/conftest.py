@@ -10,8 +10,8 @@ import pytest
 # As in the engine process: two OpenMP threads that wait by spinning crawl once anything else wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.chatglm_fixture import published_chatglm, tiny_chatglm  # noqa: E402
-from tests.starter_fixture import starter_data  # noqa: E402
+from tests.chatglm_fixture import published_chatglm, tiny_chatglm
+from tests.starter_fixture import starter_data
 
 __all__ = ["published_chatglm", "starter_data", "tiny_chatglm"]
 

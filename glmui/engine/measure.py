@@ -1,0 +1,107 @@
+"""Measuring a model, in a process of its own: loads it as the engine process does, then times it.
+
+Says through the pipe: loaded, doing, figure, bytes, probe, done, failed. Hears an answer to each probe: the
+read limit is taken by the other side meanwhile, for its buffer must not count as the model's memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+
+from glmui.engine.device import resolve_device
+from glmui.engine.families import family_of, open_family
+from glmui.engine.figures import Figures
+from glmui.engine.wire import Wire
+from glmui.engine.worker import _ENVIRONMENT as ENVIRONMENT
+from glmui.engine.worker import explain
+from glmui.errors import EngineError, InvalidInput, to_values
+from glmui.glm.config import GLMConfig
+from glmui.types import ChatEngine, EngineSpec, Progress
+
+_BESIDES = 1_500_000_000  # bytes for the cache, the read probe and torch itself
+
+
+def run(connection: Connection, spec: EngineSpec, everything: bool) -> None:
+    """Entry of the process: load the model, and with `everything` measure it too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the command's to handle
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    wire = Wire(connection)
+    try:
+        engine = load(spec, wire)
+        if everything:
+            _measure(engine, wire)
+        wire.send("done", peak_rss=peak_rss())
+    except (BrokenPipeError, EOFError):
+        return  # nobody listens any more
+    except BaseException as error:
+        wire.send("failed", error=to_values(explain(error)))
+
+
+def load(spec: EngineSpec, wire: Wire) -> ChatEngine:
+    """The model, once it is known to fit into memory. Importing torch is not counted as loading.
+
+    Raises InvalidInput("bench_no_model"), EngineError("bench_memory"), and whatever opening raises.
+    """
+    family = family_of(spec.folder)
+    if family == "echo":
+        raise InvalidInput("bench_no_model")
+    importlib.import_module(f"glmui.engine.{family}")  # torch too, before the clock starts
+    check_memory(spec, psutil.virtual_memory().available)
+    began = time.perf_counter()
+    engine = open_family(spec, _ignore)
+    wire.send("loaded", seconds=time.perf_counter() - began, info=asdict(engine.info()))
+    return engine
+
+
+def check_memory(spec: EngineSpec, free: int) -> None:
+    """Raises EngineError("bench_memory") where a CPU's weights will not fit into `free` bytes."""
+    if spec.device == "mixed" or resolve_device(spec.device) != "cpu":
+        return
+    files = [file for file in Path(spec.folder).iterdir() if file.suffix in (".safetensors", ".bin")]
+    need = sum(file.stat().st_size for file in files) * _growth(spec) + _BESIDES
+    if need > free:
+        values = {"need": f"{need / 1e9:.1f}", "free": f"{free / 1e9:.1f}"}
+        raise EngineError("bench_memory", model=spec.model, **values)
+
+
+def _growth(spec: EngineSpec) -> int:
+    """How many times its files a model takes: float16 ChatGLM is computed in float32, others adapt."""
+    if family_of(spec.folder) != "chatglm" or spec.quantize != "none":
+        return 1
+    return 1 if GLMConfig.from_folder(spec.folder).quantization_bit else 2
+
+
+def _measure(engine: ChatEngine, wire: Wire) -> None:
+    from glmui.engine.subjects import subject_of
+
+    info = engine.info()
+
+    def probe() -> None:
+        wire.send("probe", threads=info.threads)
+        wire.receive()
+
+    Figures(subject_of(engine), info, wire.send, probe).take()
+
+
+def peak_rss() -> int:
+    """The most memory this process ever had, in bytes; mapped files count as far as they were read."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _ignore(progress: Progress) -> None:
+    """How far loading is; the command shows no more than that it goes on."""

@@ -1,0 +1,129 @@
+"""ChatGLM checkpoints of random weights, real in shape and format: speed can be measured without a download.
+
+It does not depend on what the weights say. Written with the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from glmui.errors import FetchError
+from glmui.glm.config import GLMConfig
+
+SIZES = {
+    "chatglm-6b-int4": GLMConfig(130528, 4096, 16384, 28, 32, quantization_bit=4),
+    "tiny": GLMConfig(130528, 32, 128, 2, 2, quantization_bit=4),
+}
+
+_POOL = 1 << 20  # random values that all tensors are cut from
+_SPARE = 200_000_000  # bytes of the disk to leave free
+_SCALE = 0.005  # makes weights of about 0.02, with which nothing overflows
+_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>")  # ids 130000 to 130005
+_FIRST_CONTROL = 130000
+
+Shape = tuple[int, ...]
+
+
+def write(folder: Path, size: str) -> None:
+    """Write a model of SIZES[size] into the existing `folder`. Raises FetchError("disk_too_full")."""
+    config = SIZES[size]
+    tensors = {name: (dtype, shape) for name, dtype, shape in tensors_of(config)}
+    need, free = (
+        sum(bytes_of(*tensor) for tensor in tensors.values()) + _SPARE,
+        shutil.disk_usage(folder).free,
+    )
+    if free < need:
+        raise FetchError("disk_too_full", folder=folder, free=free // 10**6, need=need // 10**6)
+    values = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], **asdict(config)}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    (folder / "ice_text.model").write_bytes(vocabulary())
+    with (folder / "model.safetensors").open("wb") as file:
+        _write_tensors(file, tensors)
+
+
+def tensors_of(config: GLMConfig) -> Iterator[tuple[str, str, Shape]]:
+    """Name, safetensors dtype and shape of every tensor, in the published names."""
+    width, inner = config.hidden_size, config.inner_hidden_size
+    yield "transformer.word_embeddings.weight", "F16", (config.vocab_size, width)
+    for layer in range(config.num_layers):
+        block = f"transformer.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield from _vectors(f"{block}.{norm}", width, "weight", "bias")
+        for name, rows, columns in (
+            ("attention.query_key_value", 3 * width, width),
+            ("attention.dense", width, width),
+            ("mlp.dense_h_to_4h", inner, width),
+            ("mlp.dense_4h_to_h", width, inner),
+        ):
+            yield f"{block}.{name}.weight", "I8", (rows, columns * config.quantization_bit // 8)
+            yield from _vectors(f"{block}.{name}", rows, "weight_scale", "bias")
+    yield from _vectors("transformer.final_layernorm", width, "weight", "bias")
+
+
+def _vectors(module: str, length: int, *names: str) -> Iterator[tuple[str, str, Shape]]:
+    yield from ((f"{module}.{name}", "F16", (length,)) for name in names)
+
+
+def bytes_of(dtype: str, shape: Shape) -> int:
+    return math.prod(shape) * (2 if dtype == "F16" else 1)
+
+
+def _write_tensors(file: IO[bytes], tensors: dict[str, tuple[str, Shape]]) -> None:
+    """The safetensors format: the header's length, the header as JSON, the tensors one after the other."""
+    header, place = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        end = place + bytes_of(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at whole words
+    file.write(struct.pack("<Q", len(text)) + text)
+    halves, whole = _halves(), os.urandom(_POOL)
+    for name, (dtype, shape) in tensors.items():
+        _repeat(file, _values(name, halves) if dtype == "F16" else whole, bytes_of(dtype, shape))
+
+
+def _values(name: str, halves: bytes) -> bytes:
+    if name.endswith("weight_scale"):
+        return struct.pack("<e", _SCALE)
+    return struct.pack("<e", 1.0) if "layernorm.weight" in name else halves
+
+
+def _halves() -> bytes:
+    """Normal values in float16, as small as those of an embedding."""
+    source = random.Random(6)
+    count = _POOL // 16
+    return struct.pack(f"<{count}e", *(source.gauss(0, 0.02) for _ in range(count)))
+
+
+def _repeat(file: IO[bytes], pool: bytes, count: int) -> None:
+    pool *= max(1, _POOL // len(pool))
+    for _ in range(count // len(pool)):
+        file.write(pool)
+    file.write(pool[: count % len(pool)])
+
+
+def vocabulary() -> bytes:
+    """An ice_text.model with the special pieces at their published ids and made-up ones elsewhere.
+
+    In sentencepiece's format, a protobuf message: field 1 is a piece of name (1), score (2) and kind (3).
+    """
+    normal, unknown, control = 1, 2, 3
+    pieces = [("<unk>", unknown), *((name, control) for name in ("<s>", "</s>", "<pad>"))]
+    pieces += [(f"▁{number}", normal) for number in range(len(pieces), _FIRST_CONTROL)]
+    pieces += [(name, control) for name in _CONTROL]
+    return b"".join(_piece(name.encode(), kind) for name, kind in pieces)
+
+
+def _piece(name: bytes, kind: int) -> bytes:
+    inside = bytes([0x0A, len(name)]) + name + b"\x15" + struct.pack("<f", -1.0) + bytes([0x18, kind])
+    return bytes([0x0A, len(inside)]) + inside

@@ -1,0 +1,148 @@
+"""The loaded models as the bench drives them: prompts of any length, and decoding from a given context."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from glmui.engine.chatglm import ChatGLMDecoder
+from glmui.engine.figures import MOST_STEPS, NotMeasured, Rows, Subject
+from glmui.glm.layout import Layout
+from glmui.glm.model import ChatGLMModel
+from glmui.quant.fast import KernelLinear
+
+if TYPE_CHECKING:
+    from glmui.engine.causal_lm import CausalDecoder
+
+
+def subject_of(engine: Any) -> Subject:
+    """What is inside a loaded engine of the families chatglm and causal_lm."""
+    decoder = engine._speaker.decoder
+    if engine.info().family == "chatglm":
+        return GLMSubject(decoder._model)
+    return CausalSubject(decoder, decoder._model)
+
+
+class GLMSubject:
+    """ChatGLM. Where only decoding is measured, a cache of random values stands in for a prompt."""
+
+    reads_context = False
+
+    def __init__(self, model: ChatGLMModel) -> None:
+        self._model = model
+        self._random = random.Random(0)
+        self.weight_bytes = bytes_of(*model.parameters(), *packed_weights(model))
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> None:
+        """By a fresh decoder, so that no cache outlives its figure."""
+        int(ChatGLMDecoder(self._model).prefill(self._prompt(tokens), _ignore).argmax())
+
+    def at(self, context: int, rows: int) -> Rows:
+        return GLMRows(self._model, self._prompt(context), rows)
+
+    def _prompt(self, tokens: int) -> list[int]:
+        config = self._model.config
+        words = self._random.choices(range(5, config.vocab_size // 2), k=tokens - 2)
+        return [*words, config.gmask_token_id, config.bos_token_id]
+
+
+class GLMRows:
+    def __init__(self, model: ChatGLMModel, prompt: list[int], rows: int) -> None:
+        self._model, self._context = model, len(prompt)
+        ids = torch.tensor([prompt] * rows, device=model.transformer.word_embeddings.weight.device)
+        self._layout = Layout.of(ids, model.config)
+        self._cache = model.new_cache(len(prompt) + MOST_STEPS)
+        with torch.inference_mode():
+            self._fill(rows)
+        self._newest = ids[:, -1:]  # [rows, 1]
+
+    def _fill(self, rows: int) -> None:
+        config = self._model.config
+        values = torch.randn(rows, self._context, config.num_attention_heads, config.head_size)
+        for place, block in enumerate(self._model.transformer.layers):
+            there = values.to(block.get_submodule("attention.dense").get_parameter("bias"))
+            self._cache.write(place, 0, there, there)
+        self._cache.length = self._context
+
+    def reset(self) -> None:
+        self._cache.trim(self._context)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        logits = self._model(self._newest, self._layout, self._cache, last_only=True)  # [rows, 1, vocab]
+        self._newest = logits.argmax(-1)
+        self._newest.tolist()
+
+    def cache_bytes(self) -> int:
+        layers = range(self._model.config.num_layers)
+        return sum(bytes_of(*self._cache.read(layer, self._context)) for layer in layers)
+
+
+class CausalSubject:
+    """A transformers model: one row at a time, and its cache comes from a real prompt."""
+
+    reads_context = True
+
+    def __init__(self, decoder: CausalDecoder, model: Any) -> None:
+        self._decoder = decoder
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._random = random.Random(0)
+        self.weight_bytes = weights_read(model)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> None:
+        self._decoder.reset()
+        int(self._decoder.prefill(self._prompt(tokens), _ignore).argmax())
+
+    def at(self, context: int, rows: int) -> Rows:
+        if rows > 1:
+            raise NotMeasured("no_batch")
+        return CausalRow(self._decoder, self._prompt(context))
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return self._random.choices(range(self._vocabulary), k=tokens)
+
+
+class CausalRow:
+    def __init__(self, decoder: CausalDecoder, prompt: list[int]) -> None:
+        self._decoder, self._prompt = decoder, prompt
+        self._newest = 0
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        self._newest = int(self._decoder.prefill(self._prompt, _ignore).argmax())
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        self._newest = int(self._decoder.step(self._newest).argmax())
+
+    def cache_bytes(self) -> int:
+        self.reset()
+        return sum(bytes_of(layer.keys, layer.values) for layer in self._decoder._cache.layers)
+
+
+def packed_weights(model: nn.Module) -> Iterator[Tensor]:
+    """The weights that kernels keep in an order of their own, which are no parameters."""
+    for module in model.modules():
+        if isinstance(module, KernelLinear):
+            yield from (module._packed.weight, module._packed.scale)
+
+
+def weights_read(model: Any) -> int:
+    """Bytes of every weight, but of the word embeddings only where they are the output head too."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    unread = set() if head is None or head.weight is embeddings.weight else set(embeddings.parameters())
+    return bytes_of(*(weight for weight in model.parameters() if weight not in unread))
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _ignore(part: float) -> None:
+    """A prefill's progress, which nobody wants here."""

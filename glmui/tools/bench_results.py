@@ -1,0 +1,108 @@
+"""What a bench found, as JSON and as a table. docs/bench.md tells what each figure means."""
+
+from __future__ import annotations
+
+import statistics
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from glmui.engine.figures import BATCHES, CONTEXTS, PROMPTS
+from glmui.types import EngineInfo
+
+KEYS = {"prefill_tok_s": PROMPTS, "decode_tok_s": CONTEXTS, "batch_tok_s": BATCHES}
+
+Say = Callable[..., str]  # a text by its key, without "cli.", its values by name
+
+
+@dataclass
+class Results:
+    """What came of a bench. tok_s: {"decode_tok_s": {"128": 2.5, …}, …}, None where not measured."""
+
+    info: EngineInfo = field(default_factory=EngineInfo)
+    load_s: list[float] = field(default_factory=list)
+    tok_s: dict[str, dict[str, float | None]] = field(default_factory=lambda: {name: {} for name in KEYS})
+    missing: list[tuple[str, str, str]] = field(default_factory=list)  # (name, key, why)
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    limits: list[float] = field(default_factory=list)  # GB/s, each the best of several reads
+    peak_rss: int = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What decoding one token reads."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def read_limit(self) -> float | None:
+        """GB/s: the median of what was found between the runs."""
+        return statistics.median(self.limits) if self.limits else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures under the names docs/bench.md tells."""
+        decode = self.tok_s["decode_tok_s"].get(str(CONTEXTS[0]))
+        return {
+            "load_s": _rounded(self.load_s[0]),
+            "load_again_s": _rounded(self.load_s[1]),
+            **{name: {n: _rounded(value) for n, value in row.items()} for name, row in self.tok_s.items()},
+            "peak_rss_gb": _rounded(self.peak_rss / 1e9),
+            "read_limit_gb_s": _rounded(self.read_limit),
+            "decode_of_limit": _rounded(of_limit(self.bytes_per_token, decode, self.read_limit)),
+            "cpu_precision": self.info.cpu_precision or "exact",
+            "kernel": self.info.kernel or "torch",
+            "threads": self.info.threads,
+        }
+
+
+def of_limit(bytes_per_token: int, tokens_per_second: float | None, limit: float | None) -> float | None:
+    """The part of the read limit (GB/s) that decoding reaches: 1.0 reads as fast as the memory delivers."""
+    if tokens_per_second is None or limit is None:
+        return None
+    return bytes_per_token * tokens_per_second / 1e9 / limit
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def table(results: Results, say: Say) -> list[str]:
+    """The figures for a reader: what, how much, in which unit, and what the last of them means."""
+    figures, info = results.as_json(), results.info
+    about = {"model": info.model, "dtype": info.dtype, "device": info.device, "threads": info.threads}
+    title = say("bench.title", precision=figures["cpu_precision"], kernel=figures["kernel"], **about)
+    rows = [(say(f"bench.rows.{name}"), figures[f"{name}_s"], "s") for name in ("load", "load_again")]
+    for name in KEYS:
+        rows += [(say(f"bench.rows.{name}", n=n), value, "tok/s") for n, value in figures[name].items()]
+    rows += [
+        (say("bench.rows.peak_rss"), figures["peak_rss_gb"], "GB"),
+        (say("bench.rows.read_limit"), figures["read_limit_gb_s"], "GB/s"),
+        (say("bench.rows.of_limit"), figures["decode_of_limit"], "%"),
+    ]
+    width = 2 + max(_columns(label) for label, _, _ in rows)
+    lines = [label + " " * (width - _columns(label)) + _shown(value, unit) for label, value, unit in rows]
+    if figures["decode_of_limit"] is not None:
+        lines += ["", say("bench.meaning", read=f"{results.bytes_per_token / 1e9:.2f}")]
+    return [title, "", *lines, *missing_lines(results, say)]
+
+
+def missing_lines(results: Results, say: Say) -> list[str]:
+    """Which figures were not taken, and why."""
+    missing = [(say(f"bench.rows.{name}", n=key), why) for name, key, why in results.missing]
+    if results.info.device != "cpu":
+        missing.append((say("bench.rows.of_limit"), "card"))
+    return [say("bench.missing", what=what, why=say(f"bench.why.{why}")) for what, why in missing]
+
+
+def _shown(value: float | None, unit: str) -> str:
+    """A number of about three digits, its unit behind it."""
+    if value is None:
+        return f"{'-':>8}"
+    if unit == "%":
+        return f"{value:>8.0%}"
+    return f"{value:>8.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal shows a text: Chinese characters take two columns."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
