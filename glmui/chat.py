@@ -267,7 +267,7 @@ class ChatService:
                 del self._jobs[job.conversation_id]
 
     def _guarded(self, job: Job, write: Callable[[], None]) -> bool:
-        """Write; a disk that refuses is shown on the job, whose text stays in memory until it is tried again."""
+        """Write; a disk that refuses is shown on the job, whose text stays in memory until the next try."""
         try:
             write()
         except NotFound:
