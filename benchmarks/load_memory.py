@@ -22,8 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from glmui.engine.chatglm import kernel_folder
 from glmui.glm.checkpoint import load_model
 from glmui.glm.files import weight_files
+from glmui.quant.fast import use_kernels
+from glmui.quant.kernels import load
 
 
 class Watch:
@@ -66,12 +69,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bits", type=int, choices=(0, 4, 8), default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--kernels", action="store_true", help="pack the weights for the C kernels, as chat does"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     sizes = [file.stat().st_size for file in weight_files(args.folder)]
     watch, started = Watch(), time.monotonic()
     model = load_model(args.folder, bits=args.bits)
+    if args.kernels and (kernels := load(kernel_folder(), args.threads).kernels):
+        use_kernels(model, kernels, "exact")
     loaded, peaks = time.monotonic() - started, watch.peaks()
     with torch.inference_mode():
         model(torch.tensor([[5, 20, 130001, 130004]]), last_only=True)

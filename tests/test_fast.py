@@ -12,8 +12,10 @@ from glmui.engine import chatglm
 from glmui.engine.chatglm import kernel_folder, open_chatglm
 from glmui.engine.chatglm_api import ChatGLM
 from glmui.glm.checkpoint import load_model
+from glmui.quant import QuantizedLinear, fast
 from glmui.quant.fast import KernelHead, KernelLinear, use_kernels
 from glmui.quant.kernels import Kernels, Loaded, load
+from glmui.quant.mapped import release
 from glmui.types import EngineSpec, GenerationParams, Message
 
 IDS = [5, 300, 301, 302, 303, 304]
@@ -72,3 +74,25 @@ def test_the_python_api_stays_exact_in_float32(tiny_chatglm: Callable[[str], Pat
     with torch.inference_mode():
         expected = reference(torch.tensor([ids]))[0, -1]
     assert (lm.next_logits(ids) - expected).abs().max() < 1e-4
+
+
+def test_released_pages_come_back_from_the_file_and_others_keep_their_values(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(1 << 20, dtype=torch.int32)}, tmp_path / "w.bin")
+    mapped = torch.load(tmp_path / "w.bin", mmap=True, weights_only=True)["w"]
+    ordinary = torch.arange(1 << 20, dtype=torch.int32)
+    for tensor in (mapped, ordinary):
+        total = int(tensor.sum())
+        release(tensor)
+        assert int(tensor.sum()) == total
+
+
+def test_a_packed_model_does_not_stay_in_memory_twice(
+    tiny_chatglm: Callable[[str], Path], kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(fast, "release", lambda tensor: released.append(tensor.nbytes))
+    model = load_model(tiny_chatglm("int4"))
+    stored = sum(m.weight.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
+    use_kernels(model, kernels, "exact")
+    assert sum(released) == stored
+    assert not [m for m in model.modules() if isinstance(m, QuantizedLinear)]

@@ -36,14 +36,14 @@ class CausalDecoder:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.device = device
-        self._model = model
+        self.model = model
         self._piece = piece_length(sum(p.numel() for p in model.parameters()), device)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything read so far, and give its memory back."""
         self._ids: list[int] = []  # what the cache holds
-        self._cache = DynamicCache(config=self._model.config)
+        self.cache = DynamicCache(config=self.model.config)
 
     def prefill(self, ids: list[int], on_piece: Callable[[float], None]) -> Tensor:
         """Logits [vocab] after `ids`; see generate.Decoder."""
@@ -65,9 +65,9 @@ class CausalDecoder:
         if surplus == 0:
             return length
         try:
-            if not length or not self._cache.is_croppable:
+            if not length or not self.cache.is_croppable:
                 raise RuntimeError
-            self._cache.crop(-surplus)
+            self.cache.crop(-surplus)
         except RuntimeError:  # a sliding window has already dropped what would be needed
             self.reset()
             return 0
@@ -77,8 +77,8 @@ class CausalDecoder:
     def _forward(self, ids: list[int]) -> Tensor:
         input_ids = torch.tensor([ids], device=self.device)  # [1, n]
         try:
-            out = self._model(
-                input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            out = self.model(
+                input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
         except BaseException:
             self.reset()  # some layers may have cached this piece and others not
@@ -100,7 +100,7 @@ class CausalLM:
     """The ChatEngine of this family, loaded."""
 
     def __init__(self, speaker: Speaker, tokenizer: ChatTokenizer, info: EngineInfo) -> None:
-        self._speaker: Speaker | None = speaker
+        self.speaker: Speaker | None = speaker
         self._tokenizer = tokenizer
         self._info = info
         self._cancelled = Cancellations()
@@ -112,17 +112,17 @@ class CausalLM:
         self, messages: Sequence[Message], params: GenerationParams, request_id: str
     ) -> Iterator[Chunk]:
         """See types.ChatEngine."""
-        if self._speaker is None:
+        if self.speaker is None:
             raise RuntimeError("the model was unloaded; open it again")
         ids = self._tokenizer.encode_chat(messages)
-        yield from stream_reply(self._speaker, ids, params, lambda: request_id in self._cancelled)
+        yield from stream_reply(self.speaker, ids, params, lambda: request_id in self._cancelled)
 
     def cancel(self, request_id: str) -> None:
         self._cancelled.add(request_id)
 
     def unload(self) -> None:
         """Let go of the model. In the engine process, ending the process is what frees everything."""
-        self._speaker = None
+        self.speaker = None
         self._info = replace(self._info, state="asleep")
 
 

@@ -38,7 +38,7 @@ class ChatGLMDecoder:
 
     def __init__(self, model: ChatGLMModel) -> None:
         self.device = model.transformer.word_embeddings.weight.device
-        self._model = model
+        self.model = model
         self._cache: KVCache | None = None
         self._prompt: list[int] = []
         self._layout: Layout | None = None
@@ -54,11 +54,11 @@ class ChatGLMDecoder:
             on_piece(1.0)
             return self._logits
         self._prompt = []
-        rows, _ = pad_left([ids], self._model.config)
+        rows, _ = pad_left([ids], self.model.config)
         rows = rows.to(self.device)
-        self._layout = Layout.of(rows, self._model.config)
+        self._layout = Layout.of(rows, self.model.config)
         self._cache = self._empty_cache(len(ids))
-        self._logits = self._model(rows, self._layout, self._cache, on_piece, last_only=True)[0, -1]
+        self._logits = self.model(rows, self._layout, self._cache, on_piece, last_only=True)[0, -1]
         self._prompt = list(ids)
         return self._logits
 
@@ -67,7 +67,7 @@ class ChatGLMDecoder:
         assert self._cache is not None, "prefill comes first"
         self._cache.make_room(1)
         row = torch.tensor([[token]], device=self.device)
-        logits: Tensor = self._model(row, self._layout, self._cache, last_only=True)[0, -1]
+        logits: Tensor = self.model(row, self._layout, self._cache, last_only=True)[0, -1]
         return logits
 
     def _empty_cache(self, length: int) -> KVCache:
@@ -76,7 +76,7 @@ class ChatGLMDecoder:
             self._cache.trim(0)
             return self._cache
         self._cache = None
-        return self._model.new_cache(length + SPARE)
+        return self.model.new_cache(length + SPARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class ChatGLMEngine:
     """The ChatEngine of this family, loaded."""
 
     def __init__(self, speaker: Speaker, tokenizer: ChatGLMTokenizer, info: EngineInfo) -> None:
-        self._speaker: Speaker | None = speaker
+        self.speaker: Speaker | None = speaker
         self._tokenizer = tokenizer
         self._info = info
         self._cancelled = Cancellations()
@@ -154,10 +154,10 @@ class ChatGLMEngine:
         self, messages: Sequence[Message], params: GenerationParams, request_id: str
     ) -> Iterator[Chunk]:
         """See types.ChatEngine. A last message of the assistant's is continued."""
-        if self._speaker is None:
+        if self.speaker is None:
             raise RuntimeError("the model was unloaded; open it again")
         ids, before = prompt_ids(self._tokenizer, messages), begun_reply(messages)
-        speaker = replace(self._speaker, detokeniser=lambda: ChatGLMDetokeniser(self._tokenizer, before))
+        speaker = replace(self.speaker, detokeniser=lambda: ChatGLMDetokeniser(self._tokenizer, before))
         yield from stream_reply(speaker, ids, params, lambda: request_id in self._cancelled)
 
     def cancel(self, request_id: str) -> None:
@@ -165,7 +165,7 @@ class ChatGLMEngine:
 
     def unload(self) -> None:
         """Let go of the model. In the engine process, ending the process is what frees everything."""
-        self._speaker = None
+        self.speaker = None
         self._info = replace(self._info, state="asleep")
 
 

@@ -21,8 +21,7 @@ from glmui.engine.device import resolve_device
 from glmui.engine.families import family_of, open_family
 from glmui.engine.figures import Figures
 from glmui.engine.wire import Wire
-from glmui.engine.worker import _ENVIRONMENT as ENVIRONMENT
-from glmui.engine.worker import explain
+from glmui.engine.worker import ENVIRONMENT, explain
 from glmui.errors import EngineError, InvalidInput, to_values
 from glmui.glm.config import GLMConfig
 from glmui.types import ChatEngine, EngineSpec, Progress

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 def subject_of(engine: Any) -> Subject:
     """What is inside a loaded engine of the families chatglm and causal_lm."""
-    decoder = engine._speaker.decoder
+    decoder = engine.speaker.decoder
     if engine.info().family == "chatglm":
-        return GLMSubject(decoder._model)
-    return CausalSubject(decoder, decoder._model)
+        return GLMSubject(decoder.model)
+    return CausalSubject(decoder, decoder.model)
 
 
 class GLMSubject:
@@ -123,14 +123,14 @@ class CausalRow:
 
     def cache_bytes(self) -> int:
         self.reset()
-        return sum(bytes_of(layer.keys, layer.values) for layer in self._decoder._cache.layers)
+        return sum(bytes_of(layer.keys, layer.values) for layer in self._decoder.cache.layers)
 
 
 def packed_weights(model: nn.Module) -> Iterator[Tensor]:
     """The weights that kernels keep in an order of their own, which are no parameters."""
     for module in model.modules():
         if isinstance(module, KernelLinear):
-            yield from (module._packed.weight, module._packed.scale)
+            yield from (module.packed.weight, module.packed.scale)
 
 
 def weights_read(model: Any) -> int:

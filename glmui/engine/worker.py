@@ -28,7 +28,7 @@ SIGN_SECONDS = 1.0
 
 # Must stand before torch and transformers are imported. PASSIVE: OpenMP threads that wait by spinning take
 # the core from the others as soon as the machine has anything else to do (3 tokens a second instead of 12).
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -44,7 +44,7 @@ def run(connection: Connection, spec: EngineSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the app's to handle
     if sys.stderr is not None:  # a windowed Python on Windows has none
         faulthandler.enable()
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     post = _Post(Wire(connection))
     post.start()

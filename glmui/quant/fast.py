@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from glmui.quant.kernels import Kernels, Numerics, Packed, fits
 from glmui.quant.linear import QuantizedLinear
+from glmui.quant.mapped import release
 
 # Up to so many rows the half head's kernel, which reads its weights once, beats widening them for torch.
 HEAD_ROWS = 8
@@ -21,14 +22,14 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = packed.columns, packed.rows
         self.bias = bias
-        self._packed, self._kernels, self._numerics = packed, kernels, numerics
+        self.packed, self._kernels, self._numerics = packed, kernels, numerics
 
     def forward(self, x: Tensor) -> Tensor:
         """x float32 [..., in] → float32 [..., out]."""
-        return self._kernels.linear(x, self._packed, self.bias, self._numerics)
+        return self._kernels.linear(x, self.packed, self.bias, self._numerics)
 
     def extra_repr(self) -> str:
-        bits, name = self._packed.bits, self._kernels.name
+        bits, name = self.packed.bits, self._kernels.name
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, kernel={name}"
 
 
@@ -74,6 +75,7 @@ def _computable(layer: QuantizedLinear) -> bool:
 
 def _swapped(layer: QuantizedLinear, kernels: Kernels, numerics: Numerics) -> KernelLinear:
     packed = kernels.pack(layer.weight, layer.weight_scale, layer.weight_bit_width, layer.in_features)
+    release(layer.weight)
     return KernelLinear(packed, layer.bias, kernels, numerics)
 
 
