@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from glmui.engine.chatglm import kernel_folder
+from glmui.engine.loaded import kernel_folder
 from glmui.glm.checkpoint import load_model
 from glmui.glm.files import weight_files
 from glmui.quant.fast import use_kernels

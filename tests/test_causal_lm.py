@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from glmui.engine.causal_lm import CausalDecoder, CausalLM, open_causal_lm, piece_length
+from glmui.engine.causal_lm import CausalDecoder, open_causal_lm, piece_length
 from glmui.engine.generate import Cancelled
+from glmui.engine.loaded import LoadedEngine
 from glmui.errors import InvalidInput, ModelError
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message, Progress
 from tests.tiny_llama import make_tiny_llama
@@ -31,7 +32,7 @@ def model(folder: Path) -> torch.nn.Module:
 
 
 @pytest.fixture
-def engine(folder: Path) -> CausalLM:
+def engine(folder: Path) -> LoadedEngine:
     return open_causal_lm(spec_of(folder), lambda progress: None)
 
 
@@ -45,7 +46,9 @@ def last_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def reply(engine: CausalLM, messages: list[Message], params: GenerationParams = GREEDY) -> tuple[str, Chunk]:
+def reply(
+    engine: LoadedEngine, messages: list[Message], params: GenerationParams = GREEDY
+) -> tuple[str, Chunk]:
     chunks = list(engine.stream_chat(messages, params, "request"))
     return "".join(chunk.text for chunk in chunks), chunks[-1]
 
@@ -137,8 +140,8 @@ def test_a_stopped_prefill_leaves_the_next_one_right(model: torch.nn.Module) -> 
         assert torch.allclose(decoder.prefill(ids, lambda part: None), last_logits(model, ids), atol=1e-4)
 
 
-def test_same_reply_as_transformers(engine: CausalLM, model: torch.nn.Module) -> None:
-    ids = engine._tokenizer.encode_chat(QUESTION)
+def test_same_reply_as_transformers(engine: LoadedEngine, model: torch.nn.Module) -> None:
+    ids = engine._ask(QUESTION)[0]
     theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)  # type: ignore[operator]
     text, last = reply(engine, QUESTION)
     assert text == engine._tokenizer.decode(theirs[0, len(ids) :].tolist())
@@ -147,14 +150,14 @@ def test_same_reply_as_transformers(engine: CausalLM, model: torch.nn.Module) ->
     assert reply(engine, QUESTION)[0] == text  # from the kept cache
 
 
-def test_a_prompt_too_long_is_refused_and_harms_nothing(engine: CausalLM) -> None:
+def test_a_prompt_too_long_is_refused_and_harms_nothing(engine: LoadedEngine) -> None:
     text, _ = reply(engine, QUESTION)
     with pytest.raises(InvalidInput):
         reply(engine, [Message("user", "x" * 5000)])
     assert reply(engine, QUESTION)[0] == text
 
 
-def test_cancel_before_the_first_token(engine: CausalLM) -> None:
+def test_cancel_before_the_first_token(engine: LoadedEngine) -> None:
     engine.cancel("request")
     assert reply(engine, QUESTION)[1].finish_reason == "cancelled"
 

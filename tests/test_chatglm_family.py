@@ -11,12 +11,12 @@ import torch
 
 from glmui.engine.chatglm import (
     ChatGLMDecoder,
-    ChatGLMEngine,
     device_map,
     layers_on_card,
     placement,
 )
 from glmui.engine.families import open_family
+from glmui.engine.loaded import LoadedEngine
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import load_model
 from glmui.glm.config import GLMConfig
@@ -241,4 +241,4 @@ def test_mixed_puts_the_last_layers_on_the_cpu(tiny_chatglm: Folder, monkeypatch
 
 
 def test_engine_is_the_protocol(engine: ChatEngine) -> None:
-    assert isinstance(engine, ChatGLMEngine)
+    assert isinstance(engine, LoadedEngine)

@@ -8,25 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmui.engine import chatglm
-from glmui.engine.chatglm import kernel_folder, open_chatglm
+from glmui.engine import loaded
+from glmui.engine.causal_lm import open_causal_lm
+from glmui.engine.chatglm import open_chatglm
 from glmui.engine.chatglm_api import ChatGLM
+from glmui.engine.loaded import kernel_folder
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedLinear, fast
 from glmui.quant.fast import KernelHead, KernelLinear, use_kernels
 from glmui.quant.kernels import Kernels, Loaded, load
 from glmui.quant.mapped import release
 from glmui.types import EngineSpec, GenerationParams, Message
+from tests.tiny_llama import make_tiny_llama
 
 IDS = [5, 300, 301, 302, 303, 304]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    loaded = load(kernel_folder(), threads=2)
-    if loaded.kernels is None:
-        pytest.skip(f"no kernels on this machine: {loaded.reason}")
-    return loaded.kernels
+    found = load(kernel_folder(), threads=2)
+    if found.kernels is None:
+        pytest.skip(f"no kernels on this machine: {found.reason}")
+    return found.kernels
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
@@ -59,7 +62,7 @@ def test_the_engine_uses_kernels_and_tells_which(
 def test_without_kernels_torch_answers_and_the_reason_is_told(
     tiny_chatglm: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chatglm, "load_kernels", lambda *_: Loaded(None, "reasons.kernels_not_built"))
+    monkeypatch.setattr(loaded, "load_kernels", lambda *_: Loaded(None, "reasons.kernels_not_built"))
     engine = open_chatglm(EngineSpec("tiny", str(tiny_chatglm("int4")), device="cpu"), lambda progress: None)
     assert (engine.info().kernel, engine.info().reason) == ("", "reasons.kernels_not_built")
     chunks = list(engine.stream_chat([Message("user", "hello")], GenerationParams(max_new_tokens=4), "1"))
@@ -96,3 +99,12 @@ def test_a_packed_model_does_not_stay_in_memory_twice(
     use_kernels(model, kernels, "exact")
     assert sum(released) == stored
     assert not [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+
+
+def test_a_quantised_transformers_model_uses_them_too(tmp_path: Path, kernels: Kernels) -> None:
+    folder = make_tiny_llama(tmp_path / "tiny")
+    spec = EngineSpec("tiny", str(folder), device="cpu", quantize="int8")
+    engine = open_causal_lm(spec, lambda progress: None)
+    assert engine.info().kernel == kernels.name
+    chunks = list(engine.stream_chat([Message("user", "hello")], GenerationParams(max_new_tokens=4), "1"))
+    assert chunks[-1].usage is not None

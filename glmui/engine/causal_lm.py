@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from glmui.engine import device as devices
-from glmui.engine.generate import Speaker, common_prefix, stream_reply
+from glmui.engine.generate import Speaker, common_prefix
+from glmui.engine.loaded import LoadedEngine, told, with_kernels
 from glmui.engine.model_folder import describe, weight_files
-from glmui.engine.request import Cancellations
 from glmui.errors import ModelError
 from glmui.text.chat_template import ChatTokenizer
 from glmui.text.detokenise import StreamingDetokeniser
-from glmui.types import Chunk, EngineInfo, EngineSpec, GenerationParams, Message, Progress
+from glmui.types import EngineInfo, EngineSpec, Message, Progress
 
 _PIECE_WORK = 25e9  # multiply-adds a CPU does in about half a second: how long Stop may wait in a prefill
 _BITS = {"int8": 8, "int4": 4}
@@ -96,37 +95,7 @@ def piece_length(parameters: int, device: torch.device) -> int:
     return max(16, min(256, 1 << (max(affordable, 1).bit_length() - 1)))
 
 
-class CausalLM:
-    """The ChatEngine of this family, loaded."""
-
-    def __init__(self, speaker: Speaker, tokenizer: ChatTokenizer, info: EngineInfo) -> None:
-        self.speaker: Speaker | None = speaker
-        self._tokenizer = tokenizer
-        self._info = info
-        self._cancelled = Cancellations()
-
-    def info(self) -> EngineInfo:
-        return self._info
-
-    def stream_chat(
-        self, messages: Sequence[Message], params: GenerationParams, request_id: str
-    ) -> Iterator[Chunk]:
-        """See types.ChatEngine."""
-        if self.speaker is None:
-            raise RuntimeError("the model was unloaded; open it again")
-        ids = self._tokenizer.encode_chat(messages)
-        yield from stream_reply(self.speaker, ids, params, lambda: request_id in self._cancelled)
-
-    def cancel(self, request_id: str) -> None:
-        self._cancelled.add(request_id)
-
-    def unload(self) -> None:
-        """Let go of the model. In the engine process, ending the process is what frees everything."""
-        self.speaker = None
-        self._info = replace(self._info, state="asleep")
-
-
-def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> CausalLM:
+def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> LoadedEngine:
     """Load the model of `spec.folder`. Raises ModelError, InvalidInput (device) or EngineError."""
     folder = Path(spec.folder)
     described = describe(folder)
@@ -139,6 +108,8 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
     with _watched(on_progress, expected if placement.device == "cpu" else 0):
         model = _load(folder, placement)
         model = _quantised(model, spec.quantize)
+        quantised = spec.quantize != "none" and placement.dtype == "float32"
+        kernels = with_kernels(model, placement.device, threads, spec.cpu_precision) if quantised else None
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -157,7 +128,11 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
         stop_repetition=spec.stop_repetition,
         on_progress=on_progress,
     )
-    return CausalLM(speaker, tokenizer, info)
+
+    def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], StreamingDetokeniser]]:
+        return tokenizer.encode_chat(messages), lambda: StreamingDetokeniser(tokenizer.decode)
+
+    return LoadedEngine(speaker, ask, told(info, kernels, spec.cpu_precision))
 
 
 def _load(folder: Path, placement: devices.Placement) -> Any:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from glmui.engine import device as devices
-from glmui.engine.generate import Speaker, stream_reply
-from glmui.engine.request import Cancellations
+from glmui.engine.generate import Speaker
+from glmui.engine.loaded import LoadedEngine, told, with_kernels
 from glmui.errors import ModelError
 from glmui.glm.cache import SPARE, KVCache
 from glmui.glm.checkpoint import Place, everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, pad_left
 from glmui.glm.model import ChatGLMModel
-from glmui.quant.fast import use_kernels
-from glmui.quant.kernels import Loaded, Numerics
-from glmui.quant.kernels import load as load_kernels
 from glmui.text.chatglm import ChatGLMTokenizer, begun_reply, prompt_ids
 from glmui.text.chatglm_reply import ChatGLMDetokeniser
-from glmui.types import Chunk, EngineInfo, EngineSpec, GenerationParams, Message, Progress
+from glmui.types import EngineInfo, EngineSpec, Message, Progress
 
 BITS = {"none": 0, "int8": 8, "int4": 4}
 
@@ -138,38 +134,7 @@ def device_map(model: ChatGLMModel) -> Mapping[str, str]:
     return {name: str(next(part.parameters()).device) for name, part in parts.items()}
 
 
-class ChatGLMEngine:
-    """The ChatEngine of this family, loaded."""
-
-    def __init__(self, speaker: Speaker, tokenizer: ChatGLMTokenizer, info: EngineInfo) -> None:
-        self.speaker: Speaker | None = speaker
-        self._tokenizer = tokenizer
-        self._info = info
-        self._cancelled = Cancellations()
-
-    def info(self) -> EngineInfo:
-        return self._info
-
-    def stream_chat(
-        self, messages: Sequence[Message], params: GenerationParams, request_id: str
-    ) -> Iterator[Chunk]:
-        """See types.ChatEngine. A last message of the assistant's is continued."""
-        if self.speaker is None:
-            raise RuntimeError("the model was unloaded; open it again")
-        ids, before = prompt_ids(self._tokenizer, messages), begun_reply(messages)
-        speaker = replace(self.speaker, detokeniser=lambda: ChatGLMDetokeniser(self._tokenizer, before))
-        yield from stream_reply(speaker, ids, params, lambda: request_id in self._cancelled)
-
-    def cancel(self, request_id: str) -> None:
-        self._cancelled.add(request_id)
-
-    def unload(self) -> None:
-        """Let go of the model. In the engine process, ending the process is what frees everything."""
-        self.speaker = None
-        self._info = replace(self._info, state="asleep")
-
-
-def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> ChatGLMEngine:
+def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> LoadedEngine:
     """Load the model of `spec.folder`. Raises ModelError, or InvalidInput for the device."""
     folder = Path(spec.folder)
     config = GLMConfig.from_folder(folder)
@@ -182,7 +147,7 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> C
         folder, where.place, bits, on_progress=lambda part: on_progress(Progress("loading", part))
     )
     stored = bits or config.quantization_bit
-    kernels = with_kernels(model, where, threads, spec.cpu_precision) if stored else None
+    kernels = with_kernels(model, where.device, threads, spec.cpu_precision) if stored else None
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -191,9 +156,7 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> C
         dtype=f"int{stored}" if stored else str(where.dtype).removeprefix("torch."),
         threads=threads,
         context_length=config.max_sequence_length,
-        reason=where.reason if kernels is None or kernels.kernels else kernels.reason,
-        kernel=kernels.name if kernels and kernels.kernels else "",
-        cpu_precision=spec.cpu_precision if kernels and kernels.kernels else "",
+        reason=where.reason,
     )
     speaker = Speaker(
         decoder=ChatGLMDecoder(model),
@@ -202,22 +165,12 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> C
         stop_repetition=spec.stop_repetition,
         on_progress=on_progress,
     )
-    return ChatGLMEngine(speaker, tokenizer, info)
 
+    def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], ChatGLMDetokeniser]]:
+        begun = begun_reply(messages)
+        return prompt_ids(tokenizer, messages), lambda: ChatGLMDetokeniser(tokenizer, begun)
 
-def with_kernels(model: ChatGLMModel, where: Placement, threads: int, numerics: Numerics) -> Loaded | None:
-    """Let the C kernels compute the quantised layers that are on the CPU; None where there are none."""
-    if where.device not in ("cpu", "mixed"):
-        return None
-    loaded = load_kernels(kernel_folder(), threads)
-    if loaded.kernels:
-        use_kernels(model, loaded.kernels, numerics)
-    return loaded
-
-
-def kernel_folder() -> Path:
-    """Where built kernels are kept for this account."""
-    return Path(platformdirs.user_cache_dir("glmui", appauthor=False)) / "kernels"
+    return LoadedEngine(speaker, ask, told(info, kernels, spec.cpu_precision))
 
 
 def open_tokenizer(folder: Path, config: GLMConfig) -> ChatGLMTokenizer:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from glmui import i18n, prompts
-from glmui.engine.chatglm import ChatGLMDecoder, device_map, open_tokenizer, placement, with_kernels
+from glmui.engine.chatglm import ChatGLMDecoder, device_map, open_tokenizer, placement
 from glmui.engine.generate import generate_ids
+from glmui.engine.loaded import with_kernels
 from glmui.engine.sampling import Sampler, blank_where_broken, make_generator, refuse_broken
 from glmui.errors import InvalidInput
 from glmui.glm.cache import SPARE
@@ -146,7 +147,7 @@ class ChatGLM(Chatting):
         where = placement(device, config, wanted, bits or config.quantization_bit)
         model = load_model(folder, where.place, bits or 0)
         if where.dtype == torch.float32 and (bits or config.quantization_bit):
-            with_kernels(model, where, torch.get_num_threads(), "exact")
+            with_kernels(model, where.device, torch.get_num_threads(), "exact")
         return cls(model, tokenizer)
 
     @property

@@ -127,6 +127,7 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             value=default.history_rounds,
             step=1,
             label=words("settings.rounds"),
+            info=words("settings.rounds_info"),
             buttons=[],
             visible=False,
         )
@@ -136,6 +137,7 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             value=default.history_tokens,
             step=64,
             label=words("settings.tokens"),
+            info=words("settings.tokens_info"),
             buttons=[],
             visible=False,
         )

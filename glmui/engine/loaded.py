@@ -1,0 +1,75 @@
+"""A loaded model of any family as a ChatEngine, and the C kernels such a model may compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import platformdirs
+from torch import nn
+
+from glmui.engine.generate import Detokeniser, Speaker, stream_reply
+from glmui.engine.request import Cancellations
+from glmui.quant.fast import use_kernels
+from glmui.quant.kernels import Loaded, Numerics
+from glmui.quant.kernels import load as load_kernels
+from glmui.types import Chunk, EngineInfo, GenerationParams, Message
+
+# A conversation as the model's ids, and what makes a detokeniser for the reply to it.
+Ask = Callable[[Sequence[Message]], tuple[list[int], Callable[[], Detokeniser]]]
+
+
+class LoadedEngine:
+    """See types.ChatEngine. A last message of the assistant's is continued."""
+
+    def __init__(self, speaker: Speaker, ask: Ask, info: EngineInfo) -> None:
+        self.speaker: Speaker | None = speaker
+        self._ask = ask
+        self._info = info
+        self._cancelled = Cancellations()
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: GenerationParams, request_id: str
+    ) -> Iterator[Chunk]:
+        """See types.ChatEngine."""
+        if self.speaker is None:
+            raise RuntimeError("the model was unloaded; open it again")
+        ids, detokeniser = self._ask(messages)
+        speaker = replace(self.speaker, detokeniser=detokeniser)
+        yield from stream_reply(speaker, ids, params, lambda: request_id in self._cancelled)
+
+    def cancel(self, request_id: str) -> None:
+        self._cancelled.add(request_id)
+
+    def unload(self) -> None:
+        """Let go of the model. In the engine process, ending the process is what frees everything."""
+        self.speaker = None
+        self._info = replace(self._info, state="asleep")
+
+
+def with_kernels(model: nn.Module, device: str, threads: int, numerics: Numerics) -> Loaded | None:
+    """Let the C kernels compute the quantised layers that are on the CPU; None where that is no question."""
+    if device not in ("cpu", "mixed"):
+        return None
+    loaded = load_kernels(kernel_folder(), threads)
+    if loaded.kernels:
+        use_kernels(model, loaded.kernels, numerics)
+    return loaded
+
+
+def told(info: EngineInfo, kernels: Loaded | None, numerics: Numerics) -> EngineInfo:
+    """The info with what became of the kernels."""
+    if kernels is None:
+        return info
+    if kernels.kernels is None:
+        return replace(info, reason=kernels.reason)
+    return replace(info, kernel=kernels.name, cpu_precision=numerics)
+
+
+def kernel_folder() -> Path:
+    """Where built kernels are kept for this account."""
+    return Path(platformdirs.user_cache_dir("glmui", appauthor=False)) / "kernels"
