@@ -12,6 +12,7 @@ from glmui.engine.causal_lm import CausalDecoder, open_causal_lm, piece_length
 from glmui.engine.generate import Cancelled
 from glmui.engine.loaded import LoadedEngine
 from glmui.errors import InvalidInput, ModelError
+from glmui.text.chat_template import ChatTokenizer
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message, Progress
 from tests.tiny_llama import make_tiny_llama
 
@@ -140,11 +141,12 @@ def test_a_stopped_prefill_leaves_the_next_one_right(model: torch.nn.Module) -> 
         assert torch.allclose(decoder.prefill(ids, lambda part: None), last_logits(model, ids), atol=1e-4)
 
 
-def test_same_reply_as_transformers(engine: LoadedEngine, model: torch.nn.Module) -> None:
-    ids = engine._ask(QUESTION)[0]
+def test_same_reply_as_transformers(engine: LoadedEngine, folder: Path, model: torch.nn.Module) -> None:
+    tokenizer = ChatTokenizer.from_folder(folder)
+    ids = tokenizer.encode_chat(QUESTION)
     theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)  # type: ignore[operator]
     text, last = reply(engine, QUESTION)
-    assert text == engine._tokenizer.decode(theirs[0, len(ids) :].tolist())
+    assert text == tokenizer.decode(theirs[0, len(ids) :].tolist())
     assert last.usage is not None
     assert last.usage.prompt_tokens == len(ids)
     assert reply(engine, QUESTION)[0] == text  # from the kept cache
