@@ -299,6 +299,56 @@ def test_a_megabyte_is_refused_with_the_limit_and_stays_in_the_box(context: Brow
     assert page.evaluate("document.querySelector('#box textarea').value.length") == 1_000_000
 
 
+def scrolled(page: Page) -> tuple[float, float]:
+    """(how far the thread is scrolled down, how far it could be)."""
+    box = "const b = document.querySelector('#thread .bubble-wrap');"
+    top, most = page.evaluate(f"() => {{ {box} return [b.scrollTop, b.scrollHeight - b.clientHeight]; }}")
+    return top, most
+
+
+def test_the_thread_stays_at_its_end_unless_the_reader_scrolls_up(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "/echo tokens=3000 speed=400")
+    page.wait_for_function("() => document.querySelector('#thread .bubble-wrap').scrollTop > 300")
+    top, most = scrolled(page)
+    assert most - top < 80, "the end is in sight while the reply grows"
+    page.locator("#thread").hover()
+    page.mouse.wheel(0, -400)
+    page.wait_for_timeout(300)
+    before, _ = scrolled(page)
+    page.wait_for_timeout(1200)
+    after, most = scrolled(page)
+    assert abs(after - before) < 5, "the reader's place is kept"
+    assert most - after > 200
+    page.locator("#box .stop-button").click()
+    wait_until_done(page)
+
+
+def test_another_conversation_can_be_read_while_one_is_written(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "a quiet one")
+    wait_for_text(page, "You said: a quiet one")
+    quiet = page.url.partition("c=")[2]
+    page.locator("#new").click()
+    expect(page.locator("#thread .user-row")).to_have_count(0, timeout=PATIENCE)
+    say(page, "/echo tokens=1200 speed=60")
+    wait_for_text(page, "word word")
+    busy = page.url.partition("c=")[2]
+    for _ in range(4):
+        page.locator(f"li[data-id='{quiet}'] .title").click()
+        page.wait_for_timeout(150)
+        page.locator(f"li[data-id='{busy}'] .title").click()
+        page.wait_for_timeout(100)
+    page.locator(f"li[data-id='{quiet}'] .title").click()
+    expect(page.locator("#thread .user-row").first).to_contain_text("a quiet one", timeout=8_000)
+    page.wait_for_timeout(1500)
+    assert "a quiet one" in page.locator("#thread").inner_text()
+    page.locator(f"li[data-id='{busy}'] .title").click()
+    wait_for_text(page, "word word")
+    page.locator("#box .stop-button").click()
+    wait_until_done(page)
+
+
 def test_reload_in_mid_reply_loses_nothing(context: BrowserContext, app: App) -> None:
     page = opened(context, app)
     say(page, "/echo tokens=240 speed=40")
