@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024)  # None: the physical cores
     quantize: Literal["none", "int8", "int4"] = "none"  # weights of a transformers model, once loaded
     cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"  # see docs/kernels.md
+    head_bits: Literal[16, 8] = 16  # of ChatGLM's output head on a CPU
     starter: bool = False  # fetch the starter model at start if it is not there
     idle_minutes: float = Field(30, ge=0, le=525_600)  # 0: never end an idle engine
     language: Literal["", "en", "zh"] = ""  # "": the browser's
@@ -54,6 +55,11 @@ class Settings(BaseSettings):
     @classmethod
     def _never(cls, value: Any) -> Any:
         return 0 if value is None else value
+
+    @field_validator("head_bits", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
     @field_validator("data_dir")
     @classmethod
@@ -82,6 +88,7 @@ def spec_of(settings: Settings, model: str, folder: Path | str) -> EngineSpec:
         threads=settings.threads,
         quantize=settings.quantize,
         cpu_precision=settings.cpu_precision,
+        head_bits=settings.head_bits,
         stop_repetition=settings.stop_repetition,
     )
 

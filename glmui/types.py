@@ -134,6 +134,7 @@ class EngineSpec:
     folder: the model's folder, or "echo" for the scripted engine. device: "auto", "cpu", "cuda:0" ….
     threads: None means the physical cores. quantize: "none", "int8" or "int4" while loading.
     cpu_precision: of the activations that meet quantised weights on a CPU (docs/kernels.md).
+    head_bits: 16 keeps ChatGLM's output head as it is, 8 quantises it (with the CPU kernels).
     """
 
     model: str
@@ -142,6 +143,7 @@ class EngineSpec:
     threads: int | None = None
     quantize: str = "none"
     cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"
+    head_bits: int = 16
     stop_repetition: bool = True
 
 

@@ -49,6 +49,19 @@ def test_a_model_with_kernels_says_the_same(
     assert (before - after).abs().max() < error
 
 
+def test_the_head_can_be_eight_bits(tiny_chatglm: Callable[[str], Path], kernels: Kernels) -> None:
+    model = load_model(tiny_chatglm("int4"))
+    ids = torch.tensor([[*IDS, model.config.gmask_token_id, model.config.bos_token_id]])
+    with torch.inference_mode():
+        before = model(ids, last_only=True)
+        use_kernels(model, kernels, "exact", head_bits=8)
+        after = model(ids, last_only=True)
+    assert isinstance(model.lm_head, KernelLinear)
+    assert 0 < (before - after).abs().max() < 0.05 * before.abs().max()
+    table = model.transformer.word_embeddings.weight
+    assert torch.equal(table, load_model(tiny_chatglm("int4")).transformer.word_embeddings.weight)
+
+
 def test_the_engine_uses_kernels_and_tells_which(
     tiny_chatglm: Callable[[str], Path], kernels: Kernels
 ) -> None:

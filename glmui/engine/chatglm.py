@@ -147,7 +147,9 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         folder, where.place, bits, on_progress=lambda part: on_progress(Progress("loading", part))
     )
     stored = bits or config.quantization_bit
-    kernels = with_kernels(model, where.device, threads, spec.cpu_precision) if stored else None
+    kernels = None
+    if stored:
+        kernels = with_kernels(model, where.device, threads, spec.cpu_precision, spec.head_bits)
     info = EngineInfo(
         state="ready",
         model=spec.model,

@@ -51,13 +51,15 @@ class LoadedEngine:
         self._info = replace(self._info, state="asleep")
 
 
-def with_kernels(model: nn.Module, device: str, threads: int, numerics: Numerics) -> Loaded | None:
+def with_kernels(
+    model: nn.Module, device: str, threads: int, numerics: Numerics, head_bits: int = 16
+) -> Loaded | None:
     """Let the C kernels compute the quantised layers that are on the CPU; None where that is no question."""
     if device not in ("cpu", "mixed"):
         return None
     loaded = load_kernels(kernel_folder(), threads)
     if loaded.kernels:
-        use_kernels(model, loaded.kernels, numerics)
+        use_kernels(model, loaded.kernels, numerics, head_bits)
     return loaded
 
 

@@ -35,7 +35,8 @@ class GLMSubject:
     def __init__(self, model: ChatGLMModel) -> None:
         self._model = model
         self._random = random.Random(0)
-        self.weight_bytes = bytes_of(*model.parameters(), *packed_weights(model))
+        read = [p for p in model.parameters() if p is not embedding_unread(model)]
+        self.weight_bytes = bytes_of(*read, *packed_weights(model))
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
@@ -131,6 +132,12 @@ def packed_weights(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, KernelLinear):
             yield from (module.packed.weight, module.packed.scale)
+
+
+def embedding_unread(model: ChatGLMModel) -> Tensor | None:
+    """The embedding's table where the output head has one of its own."""
+    table: Tensor = model.transformer.word_embeddings.weight
+    return table if isinstance(model.lm_head, KernelLinear) else None
 
 
 def weights_read(model: Any) -> int:
