@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def wait_until_done(page: Page) -> None:
 def use_model(page: Page, name: str) -> None:
     page.locator("#folder textarea, #folder input").fill(name)
     page.locator("#use-folder").click()
-    expect(page.locator("#engine .chip")).to_contain_text(name, timeout=PATIENCE)
+    expect(page.locator("#engine .chip")).to_contain_text(Path(name).name, timeout=PATIENCE)
 
 
 # The tests below share the server and run in this order: the first finds no model chosen.
@@ -523,6 +523,22 @@ def test_a_phone_shows_the_chat_without_overlap(phone: BrowserContext, app: App)
     assert last["y"] + last["height"] <= 844
     page.locator("#left .toggle-button").click()
     expect(page.locator("#new")).to_be_in_viewport(timeout=PATIENCE)
+
+
+def test_a_chatglm_folder_answers_in_the_page(
+    context: BrowserContext, app: App, tiny_chatglm: Callable[[str], Path]
+) -> None:
+    page = opened(context, app)
+    use_model(page, str(tiny_chatglm("int4")))
+    number = page.locator("#max-length input[type=number]")
+    number.fill("256")
+    number.press("Tab")
+    say(page, "你好")
+    expect(page.locator("#thread .bot-row .message").last).not_to_have_text("…", timeout=PATIENCE)
+    wait_until_done(page)
+    expect(page.locator("#status")).to_contain_text("tokens/s", timeout=PATIENCE)
+    assert any(state == "done" for state, _ in app.saved("%"))
+    use_model(page, "echo")
 
 
 def test_no_request_left_the_machine(app: App) -> None:
