@@ -6,12 +6,18 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time where a run decides something; fresh ones at home, where new finds are welcome.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # As in the engine process: two OpenMP threads that wait by spinning crawl once anything else wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.chatglm_fixture import published_chatglm, tiny_chatglm
-from tests.starter_fixture import starter_data
+from tests.chatglm_fixture import published_chatglm, tiny_chatglm  # noqa: E402
+from tests.starter_fixture import starter_data  # noqa: E402
 
 __all__ = ["published_chatglm", "starter_data", "tiny_chatglm"]
 
