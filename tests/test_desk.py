@@ -71,22 +71,20 @@ def test_a_tab_follows_one_conversation_at_a_time(desk: Desk, world: World) -> N
     world.service.stop(here)
 
 
-def test_a_tab_without_follower_is_told_to_get_one(desk: Desk, world: World) -> None:
-    assert not desk.needs_follower("tab", "", "")
+def test_a_tab_that_shows_something_old_is_told_to_get_a_follower(desk: Desk, world: World) -> None:
+    async def watch(tab: str, conversation: str) -> str:
+        return [view.stamp async for view in desk.follow(tab, conversation, 60)][-1]
+
+    assert not desk.needs_follower("tab", "", asyncio.run(watch("tab", "")))
     here = desk.send("", "hello", ChatSettings(), "tab")
     world.answer(here)
-    assert desk.needs_follower("tab", here, here)
-
-    async def watch(tab: str) -> None:
-        async for _ in desk.follow(tab, here, 60):
-            pass
-
-    asyncio.run(watch("tab"))
-    assert not desk.needs_follower("tab", here, here)
-    assert desk.needs_follower("other tab", here, here)
+    assert desk.needs_follower("tab", here, "")
+    shown = asyncio.run(watch("tab", here))
+    assert not desk.needs_follower("tab", here, shown)
+    assert desk.needs_follower("tab", here, f"{here}:0:live"), "a view that came too late"
     world.service.send(here, "news")
     world.answer(here)
-    assert desk.needs_follower("tab", here, here)
+    assert desk.needs_follower("tab", here, shown)
 
 
 def test_only_the_newest_messages_are_shown(desk: Desk, world: World) -> None:

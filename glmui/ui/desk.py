@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,13 @@ FOLLOWER_GONE_SECONDS = 1.5
 MOST_TABS = 1000
 
 
+@dataclass(slots=True, eq=False)
+class _Follower:
+    """Follows a conversation for one tab. beat: when it last looked."""
+
+    beat: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """One look at a conversation: what is saved of it, and the reply being written."""
@@ -38,6 +45,8 @@ class View:
     more: bool = False  # there are earlier messages, not shown
     live: Job | None = None
     place: int = 0
+    stamp: str = ""  # names what was looked at; the page hands back that of the view it shows
+    follower: _Follower | None = None
 
     @property
     def last_reply(self) -> StoredMessage | None:
@@ -53,14 +62,6 @@ class View:
             and last.role == "assistant"
             and (last.state in ("stopped", "interrupted", "error") or last.finish_reason == "length")
         )
-
-
-@dataclass(slots=True)
-class _Follower:
-    """What one tab shows. beat: when its follower last looked; shown: what was saved when it did."""
-
-    beat: float = 0.0
-    shown: str = ""
 
 
 @dataclass(slots=True)
@@ -93,23 +94,27 @@ class Desk:
         while True:
             me.beat = time.monotonic()
             live = self.service.live(conversation_id)
-            if not me.shown or live is not view.live:  # the first look, or a reply has begun or ended
-                shown = self._newest(conversation_id)
+            if not view.stamp or live is not view.live:  # the first look, or a reply has begun or ended
+                stamp = self._newest(conversation_id)
                 view = await asyncio.to_thread(self.view, conversation_id, limit)
-                if self._followers.get(tab) is not me:
+                view = replace(view, stamp=f"{stamp}:live" if view.live else stamp, follower=me)
+                if not self.is_followed_by(tab, me):
                     return
-                me.shown = shown
                 yield view
             elif live and (live.revision != revision or live.progress is not None):
                 revision = live.revision
-                view = View(view.messages, view.more, live, self.service.place(live))
+                view = replace(view, place=self.service.place(live))
                 yield view
             if view.live is None:
                 return
             pace = UPDATE_SECONDS * max(1.0, len(view.live.content) / CALM_CHARACTERS)
             await asyncio.sleep(min(pace, 1.0))
-            if self._followers.get(tab) is not me:
+            if not self.is_followed_by(tab, me):
                 return
+
+    def is_followed_by(self, tab: str, follower: _Follower | None) -> bool:
+        """False once a later follower has taken the tab over: no earlier view may come after its own."""
+        return self._followers.get(tab) is follower
 
     def _new_follower(self, tab: str) -> _Follower:
         self._followers.pop(tab, None)
@@ -123,16 +128,12 @@ class Desk:
         return f"{conversation_id}:{self.service.revision(conversation_id)}"
 
     def needs_follower(self, tab: str, conversation_id: str, showing: str) -> bool:
-        """Whether this tab shows something old: a reply it does not follow, news from another tab, or what
-        the follower of another conversation (`showing`) sent last."""
-        if showing != conversation_id:
-            return True
-        if not conversation_id:
-            return False
-        follower = self._followers.get(tab) or _Follower()
+        """Whether this tab shows something old: a reply that nobody follows, news from another tab, or a view
+        that came late. showing: the stamp of the view the page shows."""
         if self.service.live(conversation_id):
+            follower = self._followers.get(tab) or _Follower()
             return time.monotonic() - follower.beat > FOLLOWER_GONE_SECONDS
-        return follower.shown != self._newest(conversation_id)
+        return showing != self._newest(conversation_id)
 
     def open_conversation(self, wished: str) -> str:
         """The conversation to show first: the one wished for, or "" (a new one)."""

@@ -122,7 +122,9 @@ class Events:
         before: tuple[Updates, ...] = ()
         try:
             async for view in self.desk.follow(tab, current, shown):
-                after = (*await asyncio.to_thread(self._view, view), current)
+                after = (*await asyncio.to_thread(self._view, view), view.stamp)
+                if not self.desk.is_followed_by(tab, view.follower):
+                    return
                 yield tuple(
                     gr.skip() if i < len(before) and before[i] == new else new for i, new in enumerate(after)
                 )

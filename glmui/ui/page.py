@@ -33,7 +33,7 @@ class _Wiring:
     def __init__(self, desk: Desk, words: Words, assets: Path) -> None:
         self.do = Events(desk, words)
         self.current = gr.Textbox(visible="hidden", elem_id="current")  # the conversation shown, "" a new one
-        self.showing = gr.Textbox(visible="hidden")  # the conversation whose thread the last follower sent
+        self.showing = gr.Textbox(visible="hidden")  # the stamp of the view shown
         self.tab = gr.Textbox(visible="hidden")
         self.shown = gr.Number(PAGE_OF_MESSAGES, visible="hidden", precision=0)  # messages, at most
         self.seen = gr.Textbox(visible="hidden")  # what the list at the side was made of
