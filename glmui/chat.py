@@ -107,7 +107,7 @@ class ChatService:
         """Answer the newest user message once more; the earlier reply stays as another version."""
         with self._asking:
             spec = self._ready_for(conversation_id, client)
-            asked = [m for m in self.store.thread(conversation_id) if m.role == "user"]
+            asked = [m for m in self.store.thread(conversation_id, newest=2) if m.role == "user"]
             if not asked:
                 raise InvalidInput("nothing_to_regenerate")
             return self._start(self.store.begin_reply(conversation_id, asked[-1].id, spec.model), client)
