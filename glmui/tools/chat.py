@@ -20,7 +20,7 @@ from typing import IO, Any
 from glmui import i18n, prompts
 from glmui.engine.client import EngineClient
 from glmui.errors import GlmuiError, InvalidInput
-from glmui.hub import catalogue, starter
+from glmui.hub import installed, starter
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.text import open_counter
 from glmui.types import ChatEngine, Chunk, GenerationParams, Message, Progress, TokenCounter
@@ -58,7 +58,7 @@ def find_model(name: str, data_dir: Path, show: Callable[[Progress], None]) -> P
     """The model's folder; the starter is fetched when it is not there yet."""
     if name == "starter":
         return starter.ensure_starter(data_dir, show, lambda: False)
-    return catalogue.resolve(name, data_dir)
+    return installed.resolve(name, data_dir)
 
 
 class Chat:

@@ -17,7 +17,7 @@ from glmui.choice import Choice
 from glmui.downloads import Download
 from glmui.engine.device import count_physical_cores
 from glmui.errors import NotFound
-from glmui.hub import catalogue
+from glmui.hub import installed
 from glmui.jobs import Job
 from glmui.meter import Meter
 from glmui.store import StoredMessage
@@ -156,8 +156,8 @@ class Desk:
     def models(self, language: str) -> list[tuple[str, str]]:
         """(label, name) of every model at hand, the chosen folder among them."""
         chosen = self.choice.settings
-        installed = catalogue.installed(chosen.data_dir)
-        here = [(i18n.text(language, m.label) if m.label else m.name, m.name) for m in installed]
+        found = installed.models(chosen.data_dir)
+        here = [(i18n.text(language, m.label) if m.label else m.name, m.name) for m in found]
         if chosen.model and chosen.model not in [name for _, name in here]:
             here.append((Path(chosen.model).name, chosen.model))
         return here

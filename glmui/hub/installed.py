@@ -47,7 +47,7 @@ def resolve(name: str, data_dir: Path) -> Path:
     raise NotFound("model_missing", model=name, folder=models_folder(data_dir))
 
 
-def installed(data_dir: Path) -> list[InstalledModel]:
+def models(data_dir: Path) -> list[InstalledModel]:
     """Every whole model of the data folder, by name; damaged and half-made ones are left out."""
     folder = models_folder(data_dir)
     found = []
