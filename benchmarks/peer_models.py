@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from glmui.engine.random_model import tensors_of, vocabulary
+from glmui.engine.random_model import chatglm_pieces, tensors_of, vocabulary
 from glmui.glm.config import GLMConfig
 
 F32, Q4_0 = 0, 2  # ggml's numbers of the types
@@ -30,7 +30,7 @@ def q4_0(rows: int, columns: int) -> np.ndarray[Any, Any]:
 
 def write_ggml(file: Path, config: GLMConfig) -> int:
     """ChatGLM-6B for chatglm.cpp 0.4 (its convert.py tells the layout). Bytes that decoding a token reads."""
-    words = vocabulary()
+    words = vocabulary(chatglm_pieces())
     shape = (config.vocab_size, config.hidden_size, config.num_attention_heads, config.num_attention_heads)
     header = (2, Q4_0, *shape, config.num_layers, config.inner_hidden_size, config.layernorm_epsilon, 0, 1e4)
     ends = config.max_sequence_length, config.eos_token_id, config.pad_token_id

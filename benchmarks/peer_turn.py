@@ -113,13 +113,14 @@ class LlamaCpp(Peer):
         self._llama.eval(ids[kept:])
 
 
-def open_glmui(model: str, threads: int) -> Subject:
-    """Ourselves, opened as the app opens a model."""
+def open_glmui(model: str, threads: int, **settings: Any) -> Subject:
+    """Ourselves, opened as the app opens a model. settings: others than the app's own."""
     from glmui.engine.families import open_family
     from glmui.engine.subjects import subject_of
     from glmui.types import EngineSpec
 
-    return subject_of(open_family(EngineSpec("glmui", model, "cpu", threads), lambda progress: None))
+    spec = EngineSpec("glmui", model, "cpu", threads, **settings)
+    return subject_of(open_family(spec, lambda progress: None))
 
 
 def open_published(model: str, threads: int) -> Subject:
@@ -131,6 +132,8 @@ def open_published(model: str, threads: int) -> Subject:
 
 ENGINES: dict[str, Callable[[str, int], Any]] = {
     "glmui": open_glmui,
+    "glmui, fast": partial(open_glmui, cpu_precision="fast"),
+    "glmui, INT8 head": partial(open_glmui, head_bits=8),
     "llama.cpp": LlamaCpp,
     "chatglm.cpp": ChatglmCpp,
     "published": open_published,

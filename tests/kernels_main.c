@@ -75,6 +75,73 @@ static int half_is_off(Kernels *k, int rows, int columns, int outputs) {
     return off;
 }
 
+/* Keys and values of whole numbers, which every dtype holds; the last row sees only its last token. */
+static int attention_is_off(Kernels *k, int kind, int rows, int groups, int heads, int size, int length) {
+    const size_t kept = (size_t)2 * groups * length * size, asked = (size_t)2 * rows * groups * heads * size;
+    float *queries = floats(asked), *out = malloc(asked * sizeof *out);
+    uint8_t *visible = malloc((size_t)2 * rows * length);
+    const size_t width = kind == F32 ? 4 : 2;
+    float *numbers[2] = {malloc(kept * sizeof(float)), malloc(kept * sizeof(float))};
+    void *stored[2] = {malloc(kept * width), malloc(kept * width)};
+    for (int side = 0; side < 2; side++) {
+        for (size_t i = 0; i < kept; i++) {
+            const int sign = number(1) < 0;
+            const uint32_t bits = (uint32_t)sign << 31 | 0x3f800000; /* 1 or -1 */
+            const uint16_t half = (uint16_t)(sign << 15 | 0x3c00), brain = (uint16_t)(bits >> 16);
+            numbers[side][i] = sign ? -1 : 1;
+            memcpy((char *)stored[side] + i * width,
+                   kind == F32 ? (const void *)&bits : kind == F16 ? (const void *)&half : &brain, width);
+        }
+    }
+    for (int i = 0; i < 2 * rows * length; i++) visible[i] = i % length == length - 1 || number(1) == 0;
+    const float scale = 1 / sqrtf((float)size);
+    const size_t head = (size_t)length * size;
+    int off = glmui_attend(k, kind, 2, rows, groups, heads, size, length, queries, stored[0], stored[1], groups * head,
+                           head, visible, scale, out);
+    double *wanted = calloc(asked, sizeof *wanted), *weights = malloc(length * sizeof *weights);
+    for (size_t query = 0; query < asked / size; query++) {
+        const size_t row = query / (groups * heads), group = query / heads % groups;
+        const size_t from = (row / rows * groups + group) * head;
+        double sum = 0;
+        for (int t = 0; t < length; t++) {
+            double score = 0;
+            for (int c = 0; c < size; c++) score += queries[query * size + c] * (double)numbers[0][from + t * size + c];
+            weights[t] = visible[row * length + t] ? exp(score * scale) : 0;
+            sum += weights[t];
+        }
+        for (int t = 0; t < length; t++)
+            for (int c = 0; c < size; c++)
+                wanted[query * size + c] += weights[t] / sum * numbers[1][from + t * size + c];
+    }
+    off += is_off(out, wanted, asked, 1e-5);
+    free(queries), free(out), free(visible), free(wanted), free(weights);
+    for (int side = 0; side < 2; side++) free(numbers[side]), free(stored[side]);
+    return off;
+}
+
+static int small_is_off(Kernels *k, int rows, int heads, int parts, int pairs) {
+    const size_t count = (size_t)rows * heads * parts * 2 * pairs, turns = (size_t)rows * parts * pairs;
+    float *x = floats(count), *cosine = floats(turns), *sine = floats(turns);
+    double *wanted = calloc(count, sizeof *wanted);
+    for (size_t i = 0; i < count; i++) {
+        const size_t pair = i % pairs, second = i / pairs % 2, part = i / pairs / 2 % parts;
+        const size_t turn = (i / (2 * (size_t)pairs * parts * heads) * parts + part) * pairs + pair;
+        const double other = second ? x[i - pairs] : -x[i + pairs];
+        wanted[i] = x[i] * (double)cosine[turn] + other * sine[turn];
+    }
+    const size_t head = (size_t)parts * 2 * pairs;
+    glmui_rotate(k, x, rows, heads * head, heads, head, parts, pairs, cosine, sine);
+    int off = is_off(x, wanted, count, 1e-5);
+    for (size_t i = 0; i < count; i++) {
+        const double v = x[i], u = 0.7978845608 * (v + 0.044715 * v * v * v);
+        wanted[i] = 0.5 * v * (1 + tanh(u));
+    }
+    glmui_gelu(k, x, count);
+    off += is_off(x, wanted, count, 1e-5);
+    free(x), free(cosine), free(sine), free(wanted);
+    return off;
+}
+
 int main(void) {
     static const int shapes[][3] = {{1, 1, 1},    {7, 33, 1},   {300, 70, 1},
                                     {513, 31, 1}, {192, 40, 2}, {768, 35, 3}};
@@ -93,6 +160,12 @@ int main(void) {
                     here += half_is_off(k, counts[c], columns, outputs);
                 }
             }
+            for (int kind = F32; kind <= BF16; kind++) {
+                here += attention_is_off(k, kind, 1, 2, 1, 16, 1);
+                here += attention_is_off(k, kind, 3, 2, 3, 48, 67);
+                here += attention_is_off(k, kind, 1, 1, 2, 160, 200);
+            }
+            here += small_is_off(k, 1, 1, 1, 1) + small_is_off(k, 5, 3, 2, 4) + small_is_off(k, 40, 4, 2, 33);
             glmui_set_threads(k, 2);
             uint8_t *memory = calloc(3, PAGE);
             memory[5000] = 1;

@@ -373,6 +373,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path, cache: Path) -> None:
     assert len(list((tmp_path / "cache").glob("kernels-*"))) == 1
 
 
+@pytest.mark.slow
 def test_sanitisers_find_nothing(tmp_path: Path) -> None:
     """A C program runs every target over awkward shapes under AddressSanitizer and UBSan."""
     command = next((c.command for c in compilers() if len(c.command) == 1), None)

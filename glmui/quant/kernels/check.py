@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 def is_right(kernels: Kernels) -> bool:
     """Whether every kernel agrees with torch on small random cases. Takes some milliseconds."""
-    return all(found <= limit for found, limit in _cases(kernels))
+    cases = chain(_cases(kernels), _attention(kernels), _small(kernels))
+    return all(found <= limit for found, limit in cases)
 
 
 def _cases(kernels: Kernels) -> Iterator[tuple[float, float]]:
@@ -47,6 +50,44 @@ def _cases(kernels: Kernels) -> Iterator[tuple[float, float]]:
                 wanted = torch.nn.functional.linear(x.double(), matrix, bias.double())
                 for numerics, tolerance in TOLERANCE.items():
                     yield error(kernels.linear(x, packed, bias, numerics), wanted), tolerance
+
+
+def _attention(kernels: Kernels) -> Iterator[tuple[float, float]]:
+    """The same for attention, by one head of keys for two of queries, and with tokens that are not seen."""
+    random = torch.Generator().manual_seed(7)
+    for kept in (torch.float32, torch.float16, torch.bfloat16):
+        for rows, heads, tokens in ((1, 2, 131), (3, 4, 70)):
+            queries = 2 * torch.randn(2, rows, heads, 48, generator=random)
+            keys, values = torch.randn(2, 2, 2, tokens, 48, generator=random).to(kept)
+            seen = torch.rand(2, 1, rows, tokens, generator=random) < 0.7
+            for visible in (None, seen):
+                wanted = attention(queries.double(), keys.double(), values.double(), visible)
+                yield error(kernels.attend(queries, keys, values, visible), wanted), TOLERANCE["exact"]
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """What Kernels.attend should give."""
+    q, scale = queries.transpose(1, 2), queries.shape[-1] ** -0.5
+    k, v = (kept.repeat_interleave(q.shape[1] // kept.shape[1], dim=1) for kept in (keys, values))
+    scores = q @ k.transpose(2, 3) * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    found: Tensor = scores.softmax(-1) @ v
+    return found.transpose(1, 2)
+
+
+def _small(kernels: Kernels) -> Iterator[tuple[float, float]]:
+    """The same for the activation and the rotary positions."""
+    random = torch.Generator().manual_seed(8)
+    x = 4 * torch.randn(1000, generator=random)
+    wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    yield error(kernels.gelu(x.clone()), wanted), TOLERANCE["exact"]
+    heads, angles = torch.randn(2, 3, 4, 24, generator=random), torch.randn(2, 3, 1, 2, 6, generator=random)
+    a, b = heads.double().view(2, 3, 4, 2, 2, 6).unbind(-2)
+    cosine, sine = angles.double().cos(), angles.double().sin()
+    wanted = torch.stack((a * cosine - b * sine, b * cosine + a * sine), dim=-2).flatten(-3)
+    turned = kernels.rotate(heads.clone(), angles.cos(), angles.sin())
+    yield error(turned, wanted), TOLERANCE["exact"]
 
 
 def _inputs(columns: int, random: torch.Generator) -> list[Tensor]:

@@ -3,7 +3,8 @@
  * Three numerics: exact (float32 activations), balanced (16-bit activations as two INT8 planes) and fast (INT8
  * activations). Decoding reads every weight once for each token, so memory is the limit there and the layout
  * (job.h) is made for reading in order; prefill is bound by arithmetic, and works in blocks that stay in the
- * caches (template.h). This file compiles the template for each target and chooses one at run time.
+ * caches (template.h). What a block computes between them is in attention.h and small.h. This file compiles the
+ * template for each target and chooses one at run time.
  */
 #include "job.h"
 #include "cpu.h"
@@ -16,7 +17,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { PAGE = 4096 };
+enum { PAGE = 4096, CHUNKS = 32 }; /* chunks of tokens that attention is shared out in, at least */
 
 typedef struct {
     const uint8_t *bytes;
@@ -272,6 +273,67 @@ EXPORT void glmui_half(Kernels *k, int rows, int columns, int outputs, const flo
     Half half = {rows, columns, outputs, x, weight, bias, y};
     mutex_lock(&k->mutex);
     pool_run(&k->pool, k->target->half, &half, outputs, 1 + (1 << 16) / (1 + 2 * columns));
+    mutex_unlock(&k->mutex);
+}
+
+/* Rows first..last-1 of `out`, each from what it found in all chunks. */
+static void merge(void *argument, int first, int last) {
+    const Attention *a = argument;
+    for (int row = first; row < last; row++) {
+        const int head = row % a->heads, group = row / a->heads % a->groups;
+        const int place = row / (a->heads * a->groups), batch = place / a->rows;
+        const int query = place % a->rows * a->heads + head, item = (batch * a->groups + group) * a->chunks;
+        float largest = found_at(a, item, query)->largest, total = 0;
+        for (int chunk = 1; chunk < a->chunks; chunk++) {
+            const float here = found_at(a, item + chunk, query)->largest;
+            largest = here > largest ? here : largest;
+        }
+        float *out = a->out + (size_t)row * a->size;
+        memset(out, 0, (size_t)a->size * sizeof *out);
+        for (int chunk = 0; chunk < a->chunks; chunk++) {
+            const Found *f = found_at(a, item + chunk, query);
+            const float part = exponential(f->largest - largest);
+            total += part * f->sum;
+            for (int i = 0; i < a->size; i++) out[i] += part * f->values[i];
+        }
+        for (int i = 0; i < a->size; i++) out[i] /= total;
+    }
+}
+
+/* Attention of a few rows of queries; the arguments as in job.h. `size` must be a multiple of 16.
+ * Few heads of keys have their tokens shared out in more chunks. Returns 0, or 1 when memory ran out. */
+EXPORT int glmui_attend(Kernels *k, int kind, int batch, int rows, int groups, int heads, int size, int length,
+                        const float *queries, const void *keys, const void *values, size_t batch_stride,
+                        size_t head_stride, const uint8_t *visible, float scale, float *out) {
+    const int spans = ceil_div(length, SPAN), wanted = ceil_div(CHUNKS, batch * groups);
+    const int chunk = ceil_div(spans, wanted < spans ? wanted : spans) * SPAN;
+    Attention a = {kind, batch, rows, groups, heads, size, length, queries, keys, values, batch_stride, head_stride,
+                   visible, scale, out, chunk, ceil_div(length, chunk), NULL};
+    const int items = batch * groups * a.chunks;
+    mutex_lock(&k->mutex);
+    a.found = aligned_memory(k, (size_t)items * rows * heads * (size + 2) * sizeof(float));
+    if (a.found) {
+        pool_run(&k->pool, k->target->attend, &a, items, 1);
+        pool_run(&k->pool, merge, &a, batch * rows * groups * heads, 1 + 16384 / (size * a.chunks));
+    }
+    mutex_unlock(&k->mutex);
+    return a.found ? 0 : 1;
+}
+
+/* GELU, tanh form, in place. */
+EXPORT void glmui_gelu(Kernels *k, float *values, size_t count) {
+    Gelu gelu = {values, count};
+    mutex_lock(&k->mutex);
+    pool_run(&k->pool, k->target->gelu, &gelu, (int)((count + BLOCK - 1) / BLOCK), 32);
+    mutex_unlock(&k->mutex);
+}
+
+/* Rotary positions, in place; the arguments as in job.h. */
+EXPORT void glmui_rotate(Kernels *k, float *values, int rows, size_t row_stride, int heads, size_t head_stride,
+                         int parts, int pairs, const float *cosine, const float *sine) {
+    Rotation rotation = {values, row_stride, head_stride, heads, parts, pairs, cosine, sine};
+    mutex_lock(&k->mutex);
+    pool_run(&k->pool, k->target->rotate, &rotation, rows, 1 + 8192 / (heads * parts * pairs));
     mutex_unlock(&k->mutex);
 }
 

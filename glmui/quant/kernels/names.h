@@ -14,6 +14,7 @@
 #define store_f NAME(store_f)   /* float *, VF                                                      */
 #define load_i NAME(load_i)     /* const void *            -> VI                                    */
 #define load_h NAME(load_h)     /* const uint16_t *        -> VF, out of IEEE half precision        */
+#define load_b NAME(load_b)     /* const uint16_t *        -> VF, out of bfloat16                   */
 #define set_f NAME(set_f)       /* float                   -> VF, the same in each lane             */
 #define set_i NAME(set_i)       /* int32_t                 -> VI                                    */
 #define mul_f NAME(mul_f)       /* VF, VF                  -> VF                                    */
@@ -27,6 +28,7 @@
 #define weight8 NAME(weight8)   /* VI w, int k             -> VF, the k-th of 4 INT8 in each lane   */
 #define low_nibbles NAME(low_nibbles)   /* VI -> VI, the bytes of columns 0-3 of INT4 + 8             */
 #define high_nibbles NAME(high_nibbles) /* VI -> VI, those of columns 4-7                           */
+#define add_products NAME(add_products)
 #define dot4 NAME(dot4) /* VI acc, low, high, x 0-3, x 4-7 -> acc + 8 products a lane, INT4 + 8     */
 #define dot8 NAME(dot8) /* VI acc, w, x                    -> acc + 4 products a lane, INT8 + BIAS8 */
 
@@ -43,6 +45,21 @@
 #define half_tile NAME(half_tile)
 #define half_rows NAME(half_rows)
 #define read_all NAME(read_all)
+
+/* Functions attention.h defines with them. */
+#define load_kept NAME(load_kept)
+#define look_ahead_kept NAME(look_ahead_kept)
+#define score NAME(score)
+#define add_columns NAME(add_columns)
+#define add_values NAME(add_values)
+#define weigh NAME(weigh)
+#define look NAME(look)
+#define attend_to_chunk NAME(attend_to_chunk)
+#define attend_chunks NAME(attend_chunks)
+
+/* Functions small.h defines. */
+#define gelu_blocks NAME(gelu_blocks)
+#define rotate_rows NAME(rotate_rows)
 
 #define INLINE static inline __attribute__((always_inline, unused))
 #define UNROLL _Pragma("GCC unroll 32")

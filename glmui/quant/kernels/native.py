@@ -18,6 +18,7 @@ PANEL = 32  # output rows that lie side by side
 STEP = 8  # columns a panel advances by
 
 _NUMERICS: dict[Numerics, int] = {"exact": 0, "balanced": 1, "fast": 2}
+_KEPT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dtypes of a KV cache
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "glmui_target": (ctypes.c_char_p, [_INT]),
@@ -27,6 +28,15 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "glmui_pack": (None, [_POINTER, _INT, _INT, _INT, _POINTER, _POINTER]),
     "glmui_linear": (_INT, [_POINTER, *[_INT] * 5, *[_POINTER] * 3, _INT, _POINTER, _POINTER]),
     "glmui_half": (None, [_POINTER, *[_INT] * 3, *[_POINTER] * 4]),
+    "glmui_attend": (
+        _INT,
+        [_POINTER, *[_INT] * 7, *[_POINTER] * 3, _SIZE, _SIZE, _POINTER, ctypes.c_float, _POINTER],
+    ),
+    "glmui_gelu": (None, [_POINTER, _POINTER, _SIZE]),
+    "glmui_rotate": (
+        None,
+        [_POINTER, _POINTER, _INT, _SIZE, _INT, _SIZE, _INT, _INT, _POINTER, _POINTER],
+    ),
     "glmui_read": (ctypes.c_uint, [_POINTER, _POINTER, _SIZE]),
 }
 
@@ -82,7 +92,9 @@ class Library:
 
 
 class Kernels:
-    """Linear layers on the CPU for one target. Calls may come from any thread; they run one after another.
+    """Linear layers, and what stands between them, on the CPU for one target.
+
+    Calls may come from any thread; they run one after another.
 
     name: the target, such as "avx512_vnni".
     """
@@ -148,6 +160,58 @@ class Kernels:
         self._calls.glmui_half(self._handle, len(flat), columns, rows, *pointers)
         return y.view(*x.shape[:-1], rows)
 
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ / √d) v, summed in float32. queries float32 [b, n, h, d] → [b, n, h, d].
+
+        keys, values: [b, g, t, d] float32, float16 or bfloat16, each head's tokens in one piece; g divides h
+        and 16 divides d. visible: [b, 1, n, t] bool, at least one token for each row; None: all.
+        Raises ValueError for other shapes, dtypes or devices, MemoryError.
+        """
+        batch, rows, heads, size = queries.shape
+        groups, length = keys.shape[1:3]
+        if keys.shape != (batch, groups, length, size) or heads % groups or size % 16 or not length:
+            raise ValueError(f"queries {tuple(queries.shape)} cannot look at keys {tuple(keys.shape)}")
+        if not _lie_alike(keys, values):
+            raise ValueError(f"cannot read keys {keys.stride()} and values {values.stride()}")
+        if visible is not None:
+            visible = _checked(visible[:, 0].expand(batch, rows, length).contiguous(), torch.bool)
+        q = _checked(queries.contiguous(), torch.float32)
+        out = torch.empty_like(q)
+        failed = self._calls.glmui_attend(
+            self._handle, _KEPT[keys.dtype], batch, rows, groups, heads // groups, size, length,
+            q.data_ptr(), keys.data_ptr(), values.data_ptr(), *keys.stride()[:2], _pointer(visible),
+            size**-0.5, out.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x float32 through GELU (tanh form), in place."""
+        self._calls.glmui_gelu(self._handle, _checked(x, torch.float32).data_ptr(), x.numel())
+        return x
+
+    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """x float32 [b, n, h, d] turned by its positions' angles, in place. See glm/rotary.py.
+
+        cosine, sine: float32 [b, n, 1, parts, d / (2 parts)]. x may be a part of a tensor, each head and the
+        rows of all batches evenly apart. Raises ValueError for anything else.
+        """
+        batch, rows, heads, size = x.shape
+        parts, pairs = cosine.shape[-2:]
+        if cosine.shape != (batch, rows, 1, parts, pairs) or size != 2 * parts * pairs:
+            raise ValueError(f"cannot turn {tuple(x.shape)} by {tuple(cosine.shape)}")
+        step = x.stride(1) if rows > 1 else x.stride(0)
+        even = x.stride(3) == 1 and (1 in (batch, rows) or x.stride(0) == rows * step)
+        if x.dtype != torch.float32 or x.device.type != "cpu" or not even:
+            raise ValueError(f"cannot turn {x.dtype} with strides {x.stride()}")
+        cosine, sine = (_checked(turn.contiguous(), torch.float32) for turn in (cosine, sine))
+        self._calls.glmui_rotate(
+            self._handle, x.data_ptr(), batch * rows, step, heads, x.stride(2), parts, pairs,
+            cosine.data_ptr(), sine.data_ptr(),
+        )  # fmt: skip
+        return x
+
     def read(self, memory: Tensor) -> int:
         """Read every byte of `memory` (whole pages of 4096) once: what decoding cannot go faster than."""
         checked = _checked(memory, memory.dtype)
@@ -173,6 +237,18 @@ def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"wanted {dtype} on the CPU, in one piece; got {tensor.dtype} on {tensor.device}")
     return tensor
+
+
+def _lie_alike(keys: Tensor, values: Tensor) -> bool:
+    """Whether C can read both: on the CPU, in one dtype and order, each head's tokens behind one another."""
+    return (
+        keys.dtype == values.dtype
+        and keys.dtype in _KEPT
+        and keys.device.type == values.device.type == "cpu"
+        and keys.shape == values.shape
+        and keys.stride() == values.stride()
+        and keys.stride()[2:] == (keys.shape[3], 1)
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

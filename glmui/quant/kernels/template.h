@@ -26,7 +26,7 @@ INLINE void tile_quantised(const Tile *t, int bits, int rows, int parts) {
 
     const uint8_t *w = t->weight;
     const int8_t *x = t->bytes;
-    for (int step = 0; step < t->steps; step++, w += PANEL * bits, x += STEP) {
+    for (const uint8_t *end = w + (size_t)t->steps * PANEL * bits; w < end; w += PANEL * bits, x += STEP) {
         VI low[PARTS], high[PARTS]; /* bytes of columns 0-3 and 4-7 */
         look_ahead(w, bits);
         UNROLL for (int v = 0; v < parts; v++) {
@@ -272,7 +272,11 @@ static void read_all(void *argument, int first, int last) {
     atomic_fetch_add(&reading->sum, (unsigned)sum_i(sums[0]));
 }
 
-static const Target NAME(target) = {STRING(SUFFIX), LARGEST_TILE, prepare, multiply, half_rows, read_all};
+#include "attention.h"
+#include "small.h"
+
+static const Target NAME(target) = {STRING(SUFFIX), LARGEST_TILE, prepare,     multiply, half_rows,
+                                    attend_chunks,  gelu_blocks,  rotate_rows, read_all};
 
 #undef Tile
 #undef PARTS

@@ -8,6 +8,10 @@ INLINE VF load_f(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void store_f(float *p, VF v) { _mm256_storeu_ps(p, v); }
 INLINE VI load_i(const void *p) { return _mm256_loadu_si256(p); }
 INLINE VF load_h(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
+INLINE VF load_b(const uint16_t *p) {
+    const VI wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
 INLINE VF set_f(float a) { return _mm256_set1_ps(a); }
 INLINE VI set_i(int32_t a) { return _mm256_set1_epi32(a); }
 INLINE VF mul_f(VF a, VF b) { return _mm256_mul_ps(a, b); }
@@ -42,12 +46,17 @@ INLINE VI low_nibbles(VI w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); 
 INLINE VI high_nibbles(VI w) { return low_nibbles(_mm256_srli_epi32(w, 4)); }
 
 #if HAVE_VNNI
+INLINE VI add_products(VI acc, VI w, VI x) { /* see vec_avx512.h */
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+    return acc;
+}
+
 INLINE VI dot4(VI acc, VI low, VI high, VI first, VI second) {
-    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, low, first), high, second);
+    return add_products(add_products(acc, low, first), high, second);
 }
 
 INLINE VI dot8(VI acc, VI w, VI x) {
-    return _mm256_dpbusd_avx_epi32(acc, _mm256_xor_si256(w, _mm256_set1_epi8(-128)), x);
+    return add_products(acc, _mm256_xor_si256(w, _mm256_set1_epi8(-128)), x);
 }
 #else
 INLINE VI dot4(VI acc, VI low, VI high, VI first, VI second) {

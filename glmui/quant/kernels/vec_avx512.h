@@ -8,6 +8,10 @@ INLINE VF load_f(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store_f(float *p, VF v) { _mm512_storeu_ps(p, v); }
 INLINE VI load_i(const void *p) { return _mm512_loadu_si512(p); }
 INLINE VF load_h(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+INLINE VF load_b(const uint16_t *p) {
+    const VI wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 INLINE VF set_f(float a) { return _mm512_set1_ps(a); }
 INLINE VI set_i(int32_t a) { return _mm512_set1_epi32(a); }
 INLINE VF mul_f(VF a, VF b) { return _mm512_mul_ps(a, b); }
@@ -32,12 +36,18 @@ INLINE VI low_nibbles(VI w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); 
 INLINE VI high_nibbles(VI w) { return low_nibbles(_mm512_srli_epi32(w, 4)); }
 
 #if HAVE_VNNI
+/* acc + 4 products of bytes a lane. Said in assembly, for gcc copies registers about around its intrinsic. */
+INLINE VI add_products(VI acc, VI w, VI x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+}
+
 INLINE VI dot4(VI acc, VI low, VI high, VI first, VI second) {
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, first), high, second);
+    return add_products(add_products(acc, low, first), high, second);
 }
 
 INLINE VI dot8(VI acc, VI w, VI x) {
-    return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x); /* w + 128 is unsigned */
+    return add_products(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x); /* w + 128 is unsigned */
 }
 #else
 INLINE VI dot4(VI acc, VI low, VI high, VI first, VI second) {

@@ -8,6 +8,7 @@ INLINE VF load_f(const float *p) { return vld1q_f32(p); }
 INLINE void store_f(float *p, VF v) { vst1q_f32(p, v); }
 INLINE VI load_i(const void *p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
 INLINE VF load_h(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE VF load_b(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE VF set_f(float a) { return vdupq_n_f32(a); }
 INLINE VI set_i(int32_t a) { return vdupq_n_s32(a); }
 INLINE VF mul_f(VF a, VF b) { return vmulq_f32(a, b); }

@@ -29,6 +29,11 @@ INLINE VF load_h(const uint16_t *p) {
     return (VF)(((VI)value | (special & 0x7f800000)) | ((h & 0x8000) << 16));
 }
 
+INLINE VF load_b(const uint16_t *p) {
+    const VI wide = {p[0], p[1], p[2], p[3]};
+    return (VF)(wide << 16);
+}
+
 INLINE VF weight4(VI w, int k) { return to_f(((w >> NIBBLE_SHIFT(k)) & 15) - 8); }
 INLINE VF weight8(VI w, int k) { return to_f((w << (24 - 8 * k)) >> 24); }
 
