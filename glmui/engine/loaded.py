@@ -55,12 +55,15 @@ def with_kernels(
     model: nn.Module, device: str, threads: int, numerics: Numerics, head_bits: int = 16
 ) -> Loaded | None:
     """Let the C kernels compute the quantised layers that are on the CPU; None where that is no question."""
-    if device not in ("cpu", "mixed"):
-        return None
-    loaded = load_kernels(kernel_folder(), threads)
-    if loaded.kernels:
+    loaded = kernels_for(device, threads)
+    if loaded and loaded.kernels:
         use_kernels(model, loaded.kernels, numerics, head_bits)
     return loaded
+
+
+def kernels_for(device: str, threads: int) -> Loaded | None:
+    """The machine's C kernels; None where the CPU has no part in computing."""
+    return load_kernels(kernel_folder(), threads) if device in ("cpu", "mixed") else None
 
 
 def told(info: EngineInfo, kernels: Loaded | None, numerics: Numerics) -> EngineInfo:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
+from glmui.quant.fused import fuse
 from glmui.quant.kernels import Kernels, Numerics, Packed, fits
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.mapped import release
+from glmui.quant.packed_file import PackedLayer
 from glmui.quant.packing import quantise
+from glmui.quant.swap import HEADS
 
 # Up to so many rows the half head's kernel, which reads its weights once, beats widening them for torch.
 HEAD_ROWS = 8
@@ -24,6 +29,11 @@ class KernelLinear(nn.Module):
         self.in_features, self.out_features = packed.columns, packed.rows
         self.bias = bias
         self.packed, self._kernels, self._numerics = packed, kernels, numerics
+
+    @classmethod
+    def of(cls, layer: PackedLayer, kernels: Kernels, numerics: Numerics) -> KernelLinear:
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        return cls(layer.packed, bias, kernels, numerics)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float32 [..., in] → float32 [..., out]."""
@@ -55,39 +65,47 @@ class KernelHead(nn.Module):
 
 def use_kernels(model: nn.Module, kernels: Kernels, numerics: Numerics, head_bits: int = 16) -> None:
     """Swap in kernels for all layers they can compute: quantised ones on the CPU that compute in float32,
-    and a float16 head called lm_head, which head_bits=8 quantises (a sixth less to read for each token).
+    and a float16 output head (by its name), which head_bits=8 quantises (a sixth less to read for a token).
 
     A layer's own weight is let go once it is packed, so that no two copies of a model are ever held.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, QuantizedLinear) and _computable(child):
-                setattr(parent, name, _swapped(child, kernels, numerics))
-            elif name == "lm_head" and isinstance(child, nn.Linear) and _is_half(child):
-                head = (
-                    _in_eight_bits(child, kernels, numerics) if head_bits == 8 else KernelHead(child, kernels)
-                )
-                setattr(parent, name, head)
+    fuse(model, kernels)
+    for name, layer in list(model.named_modules()):
+        swapped: nn.Module | None = None
+        if isinstance(layer, QuantizedLinear) and is_computable(layer):
+            swapped = KernelLinear.of(pack_layer(layer, kernels), kernels, numerics)
+        elif is_half_head(layer, name):
+            swapped = KernelHead(layer, kernels)
+            if head_bits == 8:
+                swapped = KernelLinear.of(pack_head(layer, kernels), kernels, numerics)
+        if swapped is not None:
+            model.set_submodule(name, swapped)
 
 
-def _computable(layer: QuantizedLinear) -> bool:
+def is_computable(layer: QuantizedLinear) -> bool:
+    """Whether the kernels take such a layer where it is."""
     floats = layer.weight_scale if layer.bias is None else layer.bias
     on_cpu = layer.weight.device.type == "cpu" and floats.dtype == torch.float32
     groups = layer.weight_scale.shape[1] if layer.weight_scale.dim() == 2 else 1
     return on_cpu and fits(layer.in_features, groups, layer.weight_bit_width)
 
 
-def _swapped(layer: QuantizedLinear, kernels: Kernels, numerics: Numerics) -> KernelLinear:
+def is_half_head(layer: nn.Module, name: str) -> TypeGuard[nn.Linear]:
+    """Whether this is a model's output head, in float16 on the CPU."""
+    if name.rpartition(".")[2] not in HEADS or not isinstance(layer, nn.Linear):
+        return False
+    return layer.weight.dtype == torch.float16 and layer.weight.device.type == "cpu" and layer.bias is None
+
+
+def pack_layer(layer: QuantizedLinear, kernels: Kernels) -> PackedLayer:
+    """A quantised layer in the kernels' order; its own weight need not stay in memory any more."""
     packed = kernels.pack(layer.weight, layer.weight_scale, layer.weight_bit_width, layer.in_features)
     release(layer.weight)
-    return KernelLinear(packed, layer.bias, kernels, numerics)
+    return PackedLayer(packed, layer.bias)
 
 
-def _in_eight_bits(head: nn.Linear, kernels: Kernels, numerics: Numerics) -> KernelLinear:
+def pack_head(head: nn.Linear, kernels: Kernels) -> PackedLayer:
+    """A float16 head in 8 bits and in the kernels' order."""
     stored, scale = quantise(head.weight.detach(), 8)
     release(head.weight)  # the embedding, too: what of it is needed comes back row by row
-    return KernelLinear(kernels.pack(stored, scale, 8, head.in_features), None, kernels, numerics)
-
-
-def _is_half(head: nn.Linear) -> bool:
-    return head.weight.dtype == torch.float16 and head.weight.device.type == "cpu" and head.bias is None
+    return PackedLayer(kernels.pack(stored, scale, 8, head.in_features), None)

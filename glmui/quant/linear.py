@@ -57,13 +57,15 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def of(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> QuantizedLinear:
+    def of(
+        cls, linear: nn.Linear, bits: int, group_size: int | None = None, wide: bool = True
+    ) -> QuantizedLinear:
         """The quantised form of a linear layer; on the meta device, one of the right shapes.
 
-        Raises InvalidInput when group_size does not divide the layer's width.
+        wide: see packing.quantise. Raises InvalidInput when group_size does not divide the layer's width.
         """
         check_group_size(linear.in_features, bits, group_size)
-        weight, scale = quantise(linear.weight.detach(), bits, group_size)
+        weight, scale = quantise(linear.weight.detach(), bits, group_size, wide)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(linear.in_features, linear.out_features, bits, weight, scale, bias)
 

@@ -37,23 +37,36 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack(planes(packed, 4), dim=-1).flatten(-2)
 
 
-def quantise(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+def quantise(
+    weight: Tensor, bits: int, group_size: int | None = None, wide: bool = True
+) -> tuple[Tensor, Tensor]:
     """A float matrix [rows, columns] → (stored int8, scale in the matrix's dtype).
 
     Stored: [rows, columns] for 8 bits, [rows, ceil(columns / 2)] for 4. Scale: [rows], or
-    [rows, columns / group_size]. The scale is computed in the weight's dtype and the division in
-    float32, as the published CPU code does. A row of zeros stays zeros.
+    [rows, columns / group_size]. The scale is computed in the weight's dtype. wide: the division in
+    float32, as the published CPU code of ChatGLM-6B does; else in the weight's dtype too, as that of
+    ChatGLM2 and 3 does (one value in 500 differs by one). A row of zeros stays zeros. On the meta device:
+    the shapes.
     """
+    if weight.is_meta:  # torch computes shapes in Python there, step by step: seconds for a whole model
+        return _shapes(weight, bits, group_size)
     limit = 2 ** (bits - 1) - 1
     stored, scales = [], []
     for rows in torch.split(weight, rows_of(weight.shape[1])):
         groups = rows.reshape(len(rows), -1, group_size or rows.shape[1])  # [rows, groups, group]
         scale = groups.abs().amax(dim=-1) / limit  # [rows, groups]
-        divisor = scale.float().masked_fill(scale == 0, 1)[..., None]
-        q = (groups.float() / divisor).round_().clamp_(-limit, limit).to(torch.int8).flatten(1)
+        divisor = scale.masked_fill(scale == 0, 1)[..., None]
+        quotient = groups.float() / divisor.float() if wide else groups / divisor
+        q = quotient.round_().clamp_(-limit, limit).to(torch.int8).flatten(1)
         stored.append(pack(q) if bits == 4 else q)
         scales.append(scale if group_size else scale[:, 0])
     return torch.cat(stored), torch.cat(scales)
+
+
+def _shapes(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    stored = weight.new_empty(rows, columns if bits == 8 else -(-columns // 2), dtype=torch.int8)
+    return stored, weight.new_empty(rows, columns // group_size) if group_size else weight.new_empty(rows)
 
 
 def dequantise(stored: Tensor, scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:

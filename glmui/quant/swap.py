@@ -12,6 +12,8 @@ from glmui.quant.linear import QuantizedEmbedding, QuantizedLinear
 
 M = TypeVar("M", bound=nn.Module)
 
+HEADS = ("lm_head", "output_layer")  # what ChatGLM-6B, and what ChatGLM2 and 3 call their output head
+
 
 def quantize(
     model: M,
@@ -20,13 +22,15 @@ def quantize(
     quantization_embeddings: bool = False,
     group_size: int | None = None,
     on_progress: Callable[[float], None] = lambda part: None,
+    wide: bool = True,
 ) -> M:
     """Quantise every nn.Linear of any torch model, one after the other, and return the model.
 
     weight_bit_width: 4 or 8. use_quantization_cache: taken for the published signature; nothing here needs
     a cache. quantization_embeddings: also the word embeddings and the output head, which are left alone
     otherwise. group_size: columns that share a scale; None is one scale per row, as published, and must be
-    left None for a checkpoint others can read. Layers that are quantised already stay as they are.
+    left None for a checkpoint others can read. wide: False rounds as ChatGLM2 and 3 do; see
+    packing.quantise. Layers that are quantised already stay as they are.
     Raises InvalidInput for other bit widths, or a group size that does not divide a layer's width.
     """
     if weight_bit_width not in (4, 8):
@@ -39,7 +43,7 @@ def quantize(
     total = len(wanted)
     while wanted:
         linear = wanted.pop(0)  # the list must not keep a replaced layer's weight alive
-        _replace(places.pop(linear), QuantizedLinear.of(linear, weight_bit_width, group_size))
+        _replace(places.pop(linear), QuantizedLinear.of(linear, weight_bit_width, group_size, wide))
         on_progress(1 - len(wanted) / total)
     return model
 
@@ -53,14 +57,14 @@ def _embeddings(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
-    """Output heads: the one a transformers model names, those tied to an embedding, and "lm_head"."""
+    """Output heads: the one a transformers model names, those tied to an embedding, and those called so."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     named = _named(model, "get_output_embeddings")
     return [
         m
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear)
-        and (m is named or id(m.weight) in tables or name.rpartition(".")[2] == "lm_head")
+        and (m is named or id(m.weight) in tables or name.rpartition(".")[2] in HEADS)
     ]
 
 
