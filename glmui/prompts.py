@@ -88,8 +88,14 @@ def chatglm_prompt(history: Sequence[tuple[str, str]], query: str) -> str:
     return f"{''.join(rounds)}[Round {len(history)}]\n问：{query}\n答："
 
 
+def chatglm2_prompt(history: Sequence[tuple[str, str]], query: str) -> str:
+    """ChatGLM2-6B's template: rounds are counted from 1, and a first question is one too."""
+    rounds = (f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
+    return f"{''.join(rounds)}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+
 def chatglm_rounds(messages: Sequence[Message]) -> tuple[list[tuple[str, str]], str]:
-    """Messages as (history, query). ChatGLM-6B knows no system text: it goes before the first question."""
+    """Messages as (history, query). These models know no system text: it goes before the first question."""
     system = "\n".join(m.content for m in messages if m.role == "system")
     pairs: list[tuple[str, str]] = []
     for one in split_rounds([m for m in messages if m.role != "system"]):

@@ -163,14 +163,14 @@ def test_beams_and_no_cache(tiny_chatglm: Folder) -> None:
     assert torch.equal(model.generate(**inputs, **how), model.generate(**inputs, **how, use_cache=False))
 
 
-def test_other_folders_are_told_apart(tiny_chatglm: Folder, tmp_path: Path) -> None:
+def test_a_folder_of_chatglm2_or_3_is_asked_about(tiny_chatglm: Folder, tmp_path: Path) -> None:
     folder = copy_checkpoint(tiny_chatglm("int4"), tmp_path / "chatglm2")
     (folder / "config.json").unlink()
     values = {"model_type": "chatglm", "multi_query_attention": True, "padded_vocab_size": 65024}
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ModelError) as caught:
         AutoModel.from_pretrained(folder)
-    assert caught.value.code == "model_is_chatglm2"
+    assert caught.value.code == "model_family_in_doubt"
 
 
 def test_a_device_map_of_names(tiny_chatglm: Folder) -> None:

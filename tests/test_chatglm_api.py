@@ -15,7 +15,8 @@ import torch
 
 import glmui
 from glmui import ChatGLM
-from glmui.engine.chatglm_api import Wish, generate_batch
+from glmui.engine.chatglm_api import generate_batch
+from glmui.engine.talks import Wish
 from glmui.errors import EngineError, InvalidInput
 from tests.chatglm_fixture import DATA, KINDS, goldens
 

@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmui.engine.chatglm import (
-    ChatGLMDecoder,
-    device_map,
-    layers_on_card,
-    placement,
-)
+from glmui.engine.chatglm import device_map, layers_on_card, placement
+from glmui.engine.decoders import ChatGLMDecoder
 from glmui.engine.families import open_family
 from glmui.engine.loaded import LoadedEngine
 from glmui.errors import InvalidInput, ModelError
@@ -151,7 +147,7 @@ def test_another_try_reads_no_prompt_again(tiny_chatglm: Folder) -> None:
 
 
 def test_a_long_reply_outgrows_the_first_cache(tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glmui.engine.chatglm.SPARE", 2)
+    monkeypatch.setattr("glmui.engine.decoders.SPARE", 2)
     monkeypatch.setattr("glmui.glm.cache.SPARE", 2)
     case = goldens()["models"]["int4"]["prompts"][0]
     decoder = ChatGLMDecoder(load_model(tiny_chatglm("int4")))

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glmui.errors import InvalidInput, ModelError
-from glmui.text.chatglm import EOP, GMASK, MASK, SOP, UNK, ChatGLMTokenizer, open_counter, prompt_ids
+from glmui.text.chatglm import ChatGLMTokenizer, prompt_ids
 from glmui.text.chatglm_reply import ChatGLMDetokeniser, process_response, reply_text
+from glmui.text.chatglms import open_counter
+from glmui.text.vocabulary import EOP, GMASK, MASK, SOP, UNK
 from glmui.types import Message
 from tests.chatglm_fixture import DATA
 from tests.reference import reference
@@ -258,11 +260,11 @@ def test_wrong_vocabulary_is_said(tmp_path: Path, content: bytes | None, code: s
     assert "ice_text.model" in caught.value.message("zh")
 
 
-def test_counting_for_a_chatglm2_says_what_it_is(tmp_path: Path) -> None:
+def test_counting_for_a_chatglm2_or_3_asks_which(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", "padded_vocab_size": 65024}))
     with pytest.raises(ModelError) as caught:
         open_counter(tmp_path)
-    assert caught.value.code == "model_is_chatglm2"
+    assert caught.value.code == "model_family_in_doubt"
 
 
 def test_another_models_vocabulary_is_said(tmp_path: Path) -> None:
@@ -275,7 +277,7 @@ def test_another_models_vocabulary_is_said(tmp_path: Path) -> None:
 def test_counting_needs_no_torch(tokenizer: ChatGLMTokenizer) -> None:
     code = (
         "import sys; from glmui.text import open_counter; from glmui.types import Message; "
-        "import glmui.text.chatglm as c; count = c.open_counter(sys.argv[1]); "
+        "import glmui.text.chatglms as c; count = c.open_counter(sys.argv[1]); "
         "assert count([Message('user', '你好')]) > 2; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tokenizer.file)], check=True)

@@ -218,6 +218,7 @@ def _mad_sizes(folder: Path) -> None:
 
 def _chatglm2(folder: Path) -> None:
     values = {"model_type": "chatglm", "num_layers": 28, "hidden_size": 4096, "multi_query_attention": True}
+    values["_name_or_path"] = "THUDM/chatglm2-6b"
     replace(folder / "config.json", json.dumps(values))
 
 
@@ -281,7 +282,7 @@ class _Program:
         (_not_json, "model_file_broken"),
         (_no_sizes, "model_config_bad"),
         (_mad_sizes, "model_config_bad"),
-        (_chatglm2, "model_is_chatglm2"),
+        (_chatglm2, "model_config_bad"),
         (_missing_shard, "model_file_missing"),
         (_cut_shard, "model_file_cut"),
         (_pointer, "model_lfs_pointer"),

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glmui.glm import model as glm_model
+from glmui.glm import parts as glm_parts
 from glmui.glm.checkpoint import everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, pad_left
-from glmui.glm.model import ChatGLMModel, TiedHead
+from glmui.glm.model import ChatGLMModel
+from glmui.glm.parts import Head
 from glmui.glm.rotary import rotary_table, rotate
 from tests.chatglm_fixture import DATA, KINDS, goldens
 
@@ -130,7 +131,7 @@ def test_a_prompt_in_pieces_gives_the_same(opened: Open, monkeypatch: pytest.Mon
     case = max(prompts("int4"), key=lambda case: len(case["input_ids"]))
     ids = torch.tensor([case["input_ids"]])
     whole = model(ids)
-    monkeypatch.setattr(glm_model, "PIECE", 7)
+    monkeypatch.setattr(glm_parts, "PIECE", 7)
     parts: list[float] = []
     assert (model(ids, on_piece=parts.append) - whole).abs().max() < TOLERANCE
     assert parts == sorted(parts)
@@ -180,11 +181,11 @@ def test_half_precision_stays_near(opened: Open, tiny_chatglm: Callable[[str], P
 
 
 def test_the_head_widens_in_blocks_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = TiedHead(8, 100, bias=False)
+    head = Head(8, 100, bias=False)
     head.weight = torch.nn.Parameter(torch.randn(100, 8).half(), requires_grad=False)
     x = torch.randn(2, 8)
     whole = x @ head.weight.float().T
-    monkeypatch.setattr(TiedHead, "BLOCK", 8 * 7)
+    monkeypatch.setattr(Head, "BLOCK", 8 * 7)
     assert torch.allclose(head(x), whole, atol=1e-6)
 
 
@@ -208,6 +209,7 @@ def test_each_half_of_a_head_turns_by_its_own_position() -> None:
     assert turned.norm() == pytest.approx(float(x.norm()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(opened: Open) -> None:
     model = opened("int4")
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -1,9 +1,9 @@
-"""ChatGLM-6B in transformers' own Auto classes, without trust_remote_code: register_auto_classes()."""
+"""The three models in transformers' own Auto classes, without trust_remote_code: register_auto_classes()."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,25 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from glmui.engine.auto_tokenizers import ChatGLMTokenizer
 from glmui.engine.chatglm import placement
 from glmui.engine.chatglm_api import Chatting
 from glmui.glm.cache import SPARE, KVCache
-from glmui.glm.checkpoint import Place, everything_on, load_model
-from glmui.glm.config import GLMConfig
-from glmui.glm.layout import Layout
+from glmui.glm.chatglm2 import ChatGLM2Model
+from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
+from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig, config_of, read_config
 from glmui.glm.model import ChatGLMModel
 from glmui.quant import quantize
-from glmui.text import chatglm
+from glmui.text.model_files import CHATGLM2_FAMILIES
 
 
 def register_auto_classes() -> None:
-    """Make AutoConfig, AutoTokenizer and AutoModel.from_pretrained(folder) open ChatGLM-6B folders.
+    """Make AutoConfig, AutoTokenizer and AutoModel.from_pretrained(folder) open ChatGLM folders.
+
+    Which of the three a folder holds is told from its files.
 
     AutoModelForCausalLM and AutoModelForSeq2SeqLM open them too. Calling it again does nothing.
     """
@@ -43,71 +45,51 @@ def register_auto_classes() -> None:
 
 
 class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]
-    """config.json as transformers carries it around; GLMConfig is what the model is built from."""
+    """config.json as transformers carries it around; what the model is built from is `glm`.
+
+    chatglm_family: "chatglm2" or "chatglm3" for a folder whose files fit both.
+    """
 
     model_type = "chatglm"
     attribute_map = {"num_hidden_layers": "num_layers"}  # noqa: RUF012  (transformers' own form)
 
-
-class ChatGLMTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
-    """transformers' face of text.chatglm.ChatGLMTokenizer, which is its attribute `chatglm`."""
-
-    vocab_files_names = {"vocab_file": chatglm.VOCABULARY}  # noqa: RUF012
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
-
-    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
-        self.chatglm = chatglm.ChatGLMTokenizer(vocab_file)
-        for name, token in _SPECIAL_TOKENS.items():
-            kwargs.setdefault(name, token)
-        kwargs["padding_side"] = "left"  # the answer follows the prompt at once
+    def __init__(self, chatglm_family: str = "", **kwargs: Any) -> None:
+        self.chatglm_family = chatglm_family
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ChatGLMConfig:
+        """Read the folder's config.json. Raises ModelError."""
+        folder = str(pretrained_model_name_or_path)
+        config: ChatGLMConfig = super().from_pretrained(folder, **{"name_or_path": folder, **kwargs})
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> ChatGLMConfig:
+        """name_or_path: the folder, whose other files tell which model it holds. AutoConfig comes here."""
+        if folder := kwargs.get("name_or_path"):
+            told = kwargs.pop("chatglm_family", "") or config_dict.get("chatglm_family", "")
+            config_dict = {**config_dict, "chatglm_family": read_config(folder, told).family}
+        config: ChatGLMConfig = super().from_dict(config_dict, **kwargs)
+        return config
+
     @property
-    def vocab_size(self) -> int:
-        return len(self.chatglm)
-
-    def get_vocab(self) -> dict[str, int]:
-        return {self.chatglm.name(i): i for i in range(len(self.chatglm))}
-
-    def tokenize(self, text: str, **_: Any) -> list[str]:
-        """Pieces of `text`; a typed <sop>, <eop>, <unk>, <pad> or [MASK] is special, as published."""
-        return [self.chatglm.name(i) for i in self.chatglm.encode(text, special=False)]
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        prompt = [*token_ids_0, chatglm.GMASK, chatglm.SOP]
-        return prompt if token_ids_1 is None else [*prompt, *token_ids_1, chatglm.EOP]
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        file = Path(save_directory) / f"{filename_prefix or ''}{chatglm.VOCABULARY}"
-        file.write_bytes(self.chatglm.file.read_bytes())
-        return (str(file),)
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return self.chatglm.id(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return self.chatglm.name(index)
-
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **_: Any) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        return self.chatglm.decode(ids, skip_special_tokens)
+    def glm(self) -> AnyConfig:
+        """The plain config. Raises ModelError."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _NOT_TOLD}
+        if self.chatglm_family in CHATGLM2_FAMILIES:
+            return GLM2Config.from_values(values, "", self.chatglm_family)
+        return config_of(values, "")
 
 
-_SPECIAL_TOKENS = {
-    "bos_token": "<sop>",
-    "eos_token": "<eop>",
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
-    "mask_token": "[MASK]",
-}
+# The folder's name, which tells nothing, and what transformers has its own idea of.
+_NOT_TOLD = ("_name_or_path", "tie_word_embeddings")
 
 
 class Past:
     """What generate() hands from step to step: the KV cache, and the prompt's layout."""
 
-    def __init__(self, cache: KVCache, layout: Layout) -> None:
+    def __init__(self, cache: KVCache, layout: Any) -> None:
         self.cache, self.layout = cache, layout
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -115,34 +97,50 @@ class Past:
         self.cache.reorder(beam_idx)
 
 
-class ChatGLMForConditionalGeneration(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A ChatGLM-6B with .chat, .stream_chat, .quantize and transformers' .generate.
+class _Generating(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """What the models below have in common: .chat, .stream_chat, .quantize and transformers' .generate.
 
     `glm` is a loaded model to take over; without one the network gets random weights.
     """
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
-    _no_split_modules = ["GLMBlock"]  # noqa: RUF012
-    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+    _parts: ClassVar[tuple[str, ...]]  # the plain model's attributes that are this one's too
 
-    def __init__(self, config: ChatGLMConfig, glm: ChatGLMModel | None = None) -> None:
+    def __init__(self, config: ChatGLMConfig, glm: AnyModel | None = None) -> None:
         super().__init__(config)
-        self._glm_config = GLMConfig.from_values(config.to_dict())
-        if glm is None:
-            glm = ChatGLMModel(self._glm_config)
-            if bits := self._glm_config.quantization_bit:
-                quantize(glm, bits, quantization_embeddings=self._glm_config.quantization_embeddings)
-        self.transformer, self.lm_head = glm.transformer, glm.lm_head
+        self._glm_config = config.glm
+        glm = glm or self._fresh()
+        self._whole = (glm,)  # in a tuple, so that its parts are not counted twice
+        for name in self._parts:
+            setattr(self, name, getattr(glm, name))
         self.post_init()
+
+    def _fresh(self) -> AnyModel:
+        raise NotImplementedError
+
+    def _glm(self) -> Any:
+        """The plain model, of the parts that are here now: quantize() and others put new ones in place."""
+        (glm,) = self._whole
+        for name in self._parts:
+            if getattr(glm, name) is not (part := getattr(self, name)):
+                setattr(glm, name, part)
+        return glm
 
     def _init_weights(self, module: nn.Module) -> None:
         """The layers have initialised themselves."""
 
     @classmethod
+    def _from_config(cls, config: ChatGLMConfig, **kwargs: Any) -> _Generating:
+        """The model of this config: ChatGLM2's or 3's where it is theirs."""
+        kind = _class_of(config.glm)
+        model: _Generating = super(_Generating, kind)._from_config(config, **kwargs)
+        return model
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *_: Any, config: Any = None, **kwargs: Any
-    ) -> ChatGLMForConditionalGeneration:
+    ) -> _Generating:
         """Open a folder as glm.checkpoint does. Raises ModelError.
 
         dtype (or torch_dtype): None or "auto" leaves weights as they are stored; call .half() or .float().
@@ -150,16 +148,13 @@ class ChatGLMForConditionalGeneration(Chatting, PreTrainedModel, GenerationMixin
         checkpoint while loading. What else transformers takes here (use_quantization_cache …) has no effect.
         """
         folder = Path(pretrained_model_name_or_path)
-        glm_config = GLMConfig.from_folder(folder)
+        config = config or ChatGLMConfig.from_pretrained(folder)
         bits = 4 if kwargs.get("load_in_4bit") else 8 if kwargs.get("load_in_8bit") else 0
-        place = _place(kwargs.get("device_map"), _dtype(kwargs), glm_config, bits)
-        glm = load_model(folder, place, bits)
-        model = cls(config or ChatGLMConfig.from_pretrained(folder), glm)
+        place = _place(kwargs.get("device_map"), _dtype(kwargs), config.glm, bits)
+        glm = load_model(folder, place, bits, family=config.chatglm_family)
+        model = _class_of(config.glm)(config, glm)
         model.eval()
         return model
-
-    def _glm(self) -> ChatGLMModel:
-        return ChatGLMModel.around(self._glm_config, self.transformer, self.lm_head)
 
     def forward(
         self,
@@ -174,15 +169,14 @@ class ChatGLMForConditionalGeneration(Chatting, PreTrainedModel, GenerationMixin
 
         attention_mask: [batch, n], 0 for the padding on the left. past_key_values: of the call before.
         """
+        glm = self._glm()
         if past_key_values is None:
             pads = None if attention_mask is None else (attention_mask == 0).sum(-1)
-            layout = Layout.of(input_ids, self._glm_config, pads)
-            cache = KVCache(self._glm_config.num_layers, input_ids.shape[1] + (SPARE if use_cache else 0))
-            past_key_values = Past(cache, layout)
+            cache = glm.new_cache(input_ids.shape[1] + (SPARE if use_cache else 0))
+            past_key_values = Past(cache, glm.layout(input_ids, pads))
         past = past_key_values
         past.cache.make_room(input_ids.shape[1])
-        hidden = self.transformer(input_ids, past.layout, past.cache)
-        logits = self.lm_head(hidden[:, -1:] if logits_to_keep == 1 else hidden)
+        logits = glm(input_ids, past.layout, past.cache, last_only=logits_to_keep == 1)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past if use_cache else None)
 
     def prepare_inputs_for_generation(
@@ -208,18 +202,58 @@ class ChatGLMForConditionalGeneration(Chatting, PreTrainedModel, GenerationMixin
 
     def quantize(
         self, bits: int = 4, use_quantization_cache: bool = False, quantize_embeddings: bool = False, **_: Any
-    ) -> ChatGLMForConditionalGeneration:
+    ) -> _Generating:
         """Quantise the weights in place to 8 or 4 bits; see glmui.quantize."""
-        return quantize(self, bits, use_quantization_cache, quantize_embeddings)
+        wide = self._glm_config.family == "chatglm"
+        return quantize(self, bits, use_quantization_cache, quantize_embeddings, wide=wide)
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Saves memory in training only; nothing to do here."""
 
+
+class ChatGLMForConditionalGeneration(_Generating):
+    """A ChatGLM-6B."""
+
+    _parts = ("transformer", "lm_head")
+    _no_split_modules = ["GLMBlock"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+
+    def _fresh(self) -> ChatGLMModel:
+        assert isinstance(self._glm_config, GLMConfig)
+        glm = ChatGLMModel(self._glm_config)
+        if bits := self._glm_config.quantization_bit:
+            quantize(glm, bits, quantization_embeddings=self._glm_config.quantization_embeddings)
+        return glm
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
+        return cast(nn.Module, self.transformer.word_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return cast(nn.Module, self.lm_head)
+
+
+class ChatGLM2ForConditionalGeneration(_Generating):
+    """A ChatGLM2-6B or ChatGLM3-6B."""
+
+    _parts = ("transformer",)
+    _no_split_modules = ["GLM2Block"]  # noqa: RUF012
+
+    def _fresh(self) -> ChatGLM2Model:
+        assert isinstance(self._glm_config, GLM2Config)
+        glm = ChatGLM2Model(self._glm_config)
+        return quantize(glm, bits, wide=False) if (bits := self._glm_config.quantization_bit) else glm
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.transformer.embedding.word_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.transformer.output_layer)
+
+
+def _class_of(config: AnyConfig) -> type[_Generating]:
+    return (
+        ChatGLMForConditionalGeneration if isinstance(config, GLMConfig) else ChatGLM2ForConditionalGeneration
+    )
 
 
 def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -229,7 +263,7 @@ def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
     return wish
 
 
-def _place(device_map: Any, dtype: torch.dtype | None, config: GLMConfig, bits: int) -> Place:
+def _place(device_map: Any, dtype: torch.dtype | None, config: AnyConfig, bits: int) -> Place:
     if not isinstance(device_map, dict):
         if device_map is None:
             return everything_on("cpu", dtype)

@@ -1,78 +1,30 @@
-"""Family chatglm: ChatGLM-6B from its published folder, FP16, INT8 or INT4."""
+"""Family chatglm: ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B from their published folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from glmui.engine import device as devices
+from glmui.engine.decoders import decoder_of
+from glmui.engine.extras import ChatGLMEngine, Extras
 from glmui.engine.generate import Speaker
-from glmui.engine.loaded import LoadedEngine, told, with_kernels
-from glmui.errors import ModelError
-from glmui.glm.cache import SPARE, KVCache
-from glmui.glm.checkpoint import Place, everything_on, load_model
-from glmui.glm.config import GLMConfig
-from glmui.glm.layout import Layout, pad_left
-from glmui.glm.model import ChatGLMModel
-from glmui.text.chatglm import ChatGLMTokenizer, begun_reply, prompt_ids
-from glmui.text.chatglm_reply import ChatGLMDetokeniser
+from glmui.engine.loaded import LoadedEngine, told
+from glmui.engine.prepare import open_prepared
+from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
+from glmui.glm.config import AnyConfig, read_config
+from glmui.text.chatglm import begun_reply
+from glmui.text.chatglms import Detokeniser, detokeniser, open_tokenizer, prompt_ids, stops
 from glmui.types import EngineInfo, EngineSpec, Message, Progress
 
 BITS = {"none": 0, "int8": 8, "int4": 4}
 
 # Bytes of a card that "mixed" leaves free: KV cache, activations, and what torch itself takes.
 _CARD_RESERVE = 1_200_000_000
-
-
-class ChatGLMDecoder:
-    """The model and its KV cache. A prompt asked again (another try at a reply) is not read again;
-    any other is read anew, since each of its keys depends on all of its tokens."""
-
-    def __init__(self, model: ChatGLMModel) -> None:
-        self.device = model.transformer.word_embeddings.weight.device
-        self.model = model
-        self._cache: KVCache | None = None
-        self._prompt: list[int] = []
-        self._layout: Layout | None = None
-        self._logits = torch.empty(0)
-
-    def prefill(self, ids: list[int], on_piece: Callable[[float], None]) -> Tensor:
-        """Logits [vocab] after the prompt `ids`; see generate.Decoder.
-
-        Raises InvalidInput("prompt_without_gap") when `ids` lack [gMASK] or <sop>.
-        """
-        if self._cache is not None and ids == self._prompt:
-            self._cache.trim(len(ids))
-            on_piece(1.0)
-            return self._logits
-        self._prompt = []
-        rows, _ = pad_left([ids], self.model.config)
-        rows = rows.to(self.device)
-        self._layout = Layout.of(rows, self.model.config)
-        self._cache = self._empty_cache(len(ids))
-        self._logits = self.model(rows, self._layout, self._cache, on_piece, last_only=True)[0, -1]
-        self._prompt = list(ids)
-        return self._logits
-
-    def step(self, token: int) -> Tensor:
-        """Logits [vocab] after one more id."""
-        assert self._cache is not None, "prefill comes first"
-        self._cache.make_room(1)
-        row = torch.tensor([[token]], device=self.device)
-        logits: Tensor = self.model(row, self._layout, self._cache, last_only=True)[0, -1]
-        return logits
-
-    def _empty_cache(self, length: int) -> KVCache:
-        """The old cache, emptied, where it has the room; else a new one, the old one's memory freed first."""
-        if self._cache is not None and self._cache.capacity >= length:
-            self._cache.trim(0)
-            return self._cache
-        self._cache = None
-        return self.model.new_cache(length + SPARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +37,7 @@ class Placement:
     reason: str
 
 
-def placement(wish: str, config: GLMConfig, dtype: torch.dtype | None = None, bits: int = 0) -> Placement:
+def placement(wish: str, config: AnyConfig, dtype: torch.dtype | None = None, bits: int = 0) -> Placement:
     """Decide device and dtype. bits: what the weights will have in memory, 0 for float16.
 
     Without a dtype: float32 on a CPU, where it is exact, and float16 on a card, as published.
@@ -102,54 +54,52 @@ def placement(wish: str, config: GLMConfig, dtype: torch.dtype | None = None, bi
     return Placement(everything_on(device, dtype), device, dtype, reason)
 
 
-def layers_on_card(config: GLMConfig, bits: int, free: int) -> int:
-    """How many blocks fit on a card with `free` bytes, beside the embedding and the reserve."""
-    width = config.hidden_size
-    block = (4 * width + 2 * config.inner_hidden_size) * width * (bits or 16) // 8
-    embedding = config.vocab_size * width * 2
-    return max(0, min(config.num_layers, (free - _CARD_RESERVE - embedding) // block))
+def layers_on_card(config: AnyConfig, bits: int, free: int) -> int:
+    """How many blocks fit on a card with `free` bytes, beside the embedding, the head and the reserve."""
+    block = config.block_weights * (bits or 16) // 8
+    return max(0, min(config.num_layers, (free - _CARD_RESERVE - config.table_weights * 2) // block))
 
 
 def _mixed(card: torch.device, layers: int, dtype: torch.dtype) -> Place:
-    """The first blocks, the embedding (which is the output head) and the last norm on the card, the others
-    on the CPU in float32."""
+    """The first blocks, the embedding, the last norm and the output head on the card, the others on the CPU
+    in float32."""
     on_cpu = (torch.device("cpu"), torch.float32)
 
     def place(name: str) -> tuple[torch.device, torch.dtype]:
-        _, _, rest = name.partition("transformer.layers.")
+        _, _, rest = name.partition(".layers.")
         return on_cpu if rest and int(rest.partition(".")[0]) >= layers else (card, dtype)
 
     return place
 
 
-def device_map(model: ChatGLMModel) -> Mapping[str, str]:
+def device_map(model: AnyModel) -> Mapping[str, str]:
     """The device of the embedding, each block, the last norm and the output head."""
-    body = model.transformer
-    parts = {
-        "transformer.word_embeddings": body.word_embeddings,
-        **{f"transformer.layers.{n}": block for n, block in enumerate(body.layers)},
-        "transformer.final_layernorm": body.final_layernorm,
-        "lm_head": model.lm_head,
-    }
+    parts = dict(model.parts())
+    parts.setdefault(model.HEAD, model.get_submodule(model.HEAD))
     return {name: str(next(part.parameters()).device) for name, part in parts.items()}
 
 
+def cache_dtype(spec: EngineSpec) -> torch.dtype | None:
+    """What keys and values are kept in on a CPU; None for what a layer computes in."""
+    if spec.kv_cache == "auto":
+        return None if spec.cpu_precision == "exact" else torch.float16
+    return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[spec.kv_cache]
+
+
 def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> LoadedEngine:
-    """Load the model of `spec.folder`. Raises ModelError, or InvalidInput for the device."""
+    """Load the model of `spec.folder`, not the extras. Raises ModelError, or InvalidInput for the device."""
     folder = Path(spec.folder)
-    config = GLMConfig.from_folder(folder)
-    tokenizer = open_tokenizer(folder, config)
+    config = read_config(folder, spec.chatglm_family)
+    tokenizer = open_tokenizer(folder, config.family, config.vocab_size)
     bits = 0 if config.quantization_bit else BITS[spec.quantize]
     where = placement(spec.device, config, bits=bits or config.quantization_bit)
     threads = spec.threads or devices.count_physical_cores()
     torch.set_num_threads(threads)
-    model = load_model(
-        folder, where.place, bits, on_progress=lambda part: on_progress(Progress("loading", part))
-    )
     stored = bits or config.quantization_bit
-    kernels = None
-    if stored:
-        kernels = with_kernels(model, where.device, threads, spec.cpu_precision, spec.head_bits)
+    load = partial(load_model, folder, where.place, bits, family=spec.chatglm_family)
+    prepared = open_prepared(load, spec, where.device, stored, threads, on_progress)
+    if where.device in ("cpu", "mixed"):
+        prepared.model.cache_dtype = cache_dtype(spec)
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -157,27 +107,21 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         device=where.device,
         dtype=f"int{stored}" if stored else str(where.dtype).removeprefix("torch."),
         threads=threads,
-        context_length=config.max_sequence_length,
-        reason=where.reason,
+        context_length=config.context_length,
+        reason=prepared.reason or where.reason,
     )
+    extras = Extras(prepared.model, folder)  # before the decoder, whose cache a prefix begins
     speaker = Speaker(
-        decoder=ChatGLMDecoder(model),
-        detokeniser=lambda: ChatGLMDetokeniser(tokenizer),
-        stop_ids={config.eos_token_id},
+        decoder=decoder_of(prepared.model),
+        detokeniser=lambda: detokeniser(tokenizer),
+        stop_ids=stops(config.family) | {config.eos_token_id},
         stop_repetition=spec.stop_repetition,
         on_progress=on_progress,
     )
 
-    def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], ChatGLMDetokeniser]]:
+    def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], Detokeniser]]:
         begun = begun_reply(messages)
-        return prompt_ids(tokenizer, messages), lambda: ChatGLMDetokeniser(tokenizer, begun)
+        return prompt_ids(tokenizer, messages), lambda: detokeniser(tokenizer, begun)
 
-    return LoadedEngine(speaker, ask, told(info, kernels, spec.cpu_precision))
-
-
-def open_tokenizer(folder: Path, config: GLMConfig) -> ChatGLMTokenizer:
-    """The folder's tokenizer. Raises ModelError, also when it has more pieces than the model has ids."""
-    tokenizer = ChatGLMTokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError("model_wrong_vocabulary", file=tokenizer.file)
-    return tokenizer
+    info = told(info, prepared.kernels, spec.cpu_precision)
+    return ChatGLMEngine(speaker, ask, info, prepared.model, extras)

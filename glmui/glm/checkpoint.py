@@ -1,4 +1,5 @@
-"""From a published folder to a model: sharded or single .bin or .safetensors, FP16, INT8 or INT4.
+"""From a published folder of any of the three models to a torch module: sharded or single .bin or
+.safetensors, FP16, INT8 or INT4.
 
 Files are mapped, not read: a tensor that needs no other dtype or device becomes a weight as it lies in
 the file. A .bin is a pickle, and only torch's restricted reader (`weights_only`) ever touches it.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -16,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from glmui.errors import ModelError
-from glmui.glm.config import GLMConfig
+from glmui.glm.chatglm2 import ChatGLM2Model
+from glmui.glm.config import AnyConfig, GLMConfig, read_config
 from glmui.glm.files import look_at, refusal, weight_files
 from glmui.glm.model import ChatGLMModel
 from glmui.quant import QuantizedEmbedding, QuantizedLinear, quantize
 from glmui.quant.packing import BLOCK
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-EMBEDDING = "transformer.word_embeddings"
+EMBEDDING = ChatGLMModel.EMBEDDING
+PREFIX = "transformer.prefix_encoder."  # of a P-Tuning v2 prefix, see prefix.py
+AnyModel = ChatGLMModel | ChatGLM2Model
 
 # Says for a tensor's name where it goes and which dtype its floats are computed with (None: as stored).
 Place = Callable[[str], tuple[torch.device, torch.dtype | None]]
@@ -41,44 +45,66 @@ def load_model(
     bits: int = 0,
     group_size: int | None = None,
     on_progress: Callable[[float], None] = lambda part: None,
-) -> ChatGLMModel:
-    """Open a ChatGLM-6B folder.
+    family: str = "",
+    change: Callable[[str, nn.Module], None] | None = None,
+    ready: Mapping[str, nn.Module] | None = None,
+) -> AnyModel:
+    """Open the folder of a ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B.
 
     place: where each tensor goes; None is the CPU in float32, where all numbers are exact.
     bits: 4 or 8 quantises a float checkpoint layer by layer while loading.
+    family: see config.read_config.
+    change: called with each part by its name before it is quantised and placed (adapter.merge).
+    ready: layers by name that a former load made of this very checkpoint. They take their places as they
+    are, and the checkpoint's values are not read again to see whether they are finite.
     Memory of its own: what the result takes, less what stays in the mapped files. The embedding keeps the
     file's float16 where float32 is computed with, since widening it in use is exact.
     Raises ModelError: no model, another model, a file that is not what its name says, tensors that are
     missing, unexpected, of the wrong shape or dtype, or not finite.
     """
     folder, place = Path(folder), place or everything_on("cpu", torch.float32)
-    config = GLMConfig.from_folder(folder)
+    config = read_config(folder, family)
     tensors = read_folder(folder)
-    with torch.device("meta"):
-        model = ChatGLMModel(config)
+    model = empty_model(config)
     swap_quantised(model, tensors)
-    check(model, tensors, folder)
+    (check_layout if ready else check)(model, tensors, folder)
     for name, tensor in tensors.items():
         assign(model, name, tensor)
     del tensors
-    for done, (name, module) in enumerate(_parts(model)):
+    _put(model, {name: layer for name, layer in (ready or {}).items() if name != model.HEAD})
+    parts = list(model.parts())
+    for done, (name, module) in enumerate(parts):
+        if change:
+            change(name, module)
         if bits:
-            quantize(module, bits, group_size=group_size)
-        _settle(name, module, place)
-        on_progress((done + 1) / (config.num_layers + 2))
+            quantize(module, bits, group_size=group_size, wide=isinstance(model, ChatGLMModel))
+        _settle(model, name, module, place)
+        on_progress((done + 1) / len(parts))
     model.tie()
+    _put(model, {name: layer for name, layer in (ready or {}).items() if name == model.HEAD})
     return model.eval()
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def empty_model(config: AnyConfig) -> AnyModel:
+    """The model of a config, all tensors on the meta device: their names, shapes and dtypes."""
+    with torch.device("meta"):
+        return ChatGLMModel(config) if isinstance(config, GLMConfig) else ChatGLM2Model(config)
 
 
 def published_name(name: str) -> str | None:
     """Our name of a checkpoint's tensor: the same, or None for what is not needed.
 
-    The rotary frequencies follow from the config, and the output head is the embedding: where a file
-    holds both, the embedding counts.
+    The rotary frequencies follow from the config, and ChatGLM-6B's output head is the embedding: where a
+    file holds both, the embedding counts. (ChatGLM2's and 3's is a tensor of its own, and has another name.)
+    A prefix, which a fine-tune of the whole model may have saved with it, is read by prefix.py.
     """
-    if name.endswith(".rotary_emb.inv_freq") or name.startswith("lm_head."):
-        return None
-    return name
+    computed = name.endswith((".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq"))
+    return None if computed or name.startswith(("lm_head.", PREFIX)) else name
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -112,7 +138,7 @@ def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def swap_quantised(model: ChatGLMModel, tensors: dict[str, Tensor]) -> None:
+def swap_quantised(model: AnyModel, tensors: dict[str, Tensor]) -> None:
     """Replace each layer whose scale is in the file by its quantised form (still without values)."""
     modules = dict(model.named_modules())
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
@@ -126,14 +152,25 @@ def swap_quantised(model: ChatGLMModel, tensors: dict[str, Tensor]) -> None:
         group_size = columns // groups if groups and columns % groups == 0 else None
         if isinstance(module, nn.Linear):
             model.set_submodule(name, QuantizedLinear.of(module, bits, group_size))
-        elif name == EMBEDDING:
+        elif isinstance(model, ChatGLMModel):
             embedding = QuantizedEmbedding.of(module, bits, group_size)
             model.set_submodule(name, embedding)
             model.lm_head = embedding.head()
 
 
-def check(model: ChatGLMModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raises ModelError("model_tensors") listing what is missing, unexpected, or not as it should be."""
+def check(model: AnyModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises ModelError: "model_tensors" as check_layout does, "model_not_finite"."""
+    check_layout(model, tensors, folder)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ModelError("model_not_finite", folder=folder, name=name)
+
+
+def check_layout(model: AnyModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises ModelError("model_tensors") listing what is missing, unexpected, or not as it should be.
+
+    Reads no values.
+    """
     expected = {name: value for name, value in model.state_dict().items() if published_name(name)}
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
@@ -147,9 +184,6 @@ def check(model: ChatGLMModel, tensors: dict[str, Tensor], folder: Path) -> None
         raise ModelError(
             "model_tensors", folder=folder, count=len(problems), problems=_first(sorted(problems))
         )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise ModelError("model_not_finite", folder=folder, name=name)
 
 
 def _first(problems: list[str], shown: int = 6) -> str:
@@ -168,21 +202,12 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _parts(model: ChatGLMModel) -> Iterator[tuple[str, nn.Module]]:
-    """The embedding, each block, and the last norm, with their names."""
-    body = model.transformer
-    yield EMBEDDING, body.word_embeddings
-    for place, block in enumerate(body.layers):
-        yield f"transformer.layers.{place}", block
-    yield "transformer.final_layernorm", body.final_layernorm
-
-
-def _settle(prefix: str, part: nn.Module, place: Place) -> None:
+def _settle(model: AnyModel, prefix: str, part: nn.Module, place: Place) -> None:
     """Move a part's tensors to their device and dtype, where they are not there already."""
     for name, parameter in list(part.named_parameters()):
         if parameter.is_meta:  # inside accelerate's init_empty_weights nothing has values
             continue
         device, dtype = place(f"{prefix}.{name}")
-        widened_in_use = prefix == EMBEDDING and name == "weight" and dtype == torch.float32
-        keeps = dtype is None or widened_in_use or not parameter.is_floating_point()
+        widened = prefix in (model.EMBEDDING, model.HEAD) and name == "weight" and dtype == torch.float32
+        keeps = dtype is None or widened or not parameter.is_floating_point()
         assign(part, name, parameter.data.to(device, parameter.dtype if keeps else dtype))

@@ -1,4 +1,4 @@
-"""A ChatGLM-6B folder's files, looked at without opening the weights. No torch."""
+"""The files of a ChatGLM folder, of any of the three models, the weights unopened. No torch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import zipfile
 from pathlib import Path
 
 from glmui.errors import ModelError
-from glmui.glm.config import GLMConfig, read_json
-from glmui.text.chatglm import VOCABULARY
+from glmui.glm.config import AnyConfig, read_config, read_json
+from glmui.text.vocabulary import vocabulary_file
 
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
 
 
-def check_folder(folder: Path | str) -> GLMConfig:
+def check_folder(folder: Path | str, family: str = "") -> AnyConfig:
     """The folder's config, once all of its files are there and look like what their names say.
 
-    Raises ModelError: another model (ChatGLM2 and 3 are told apart), no vocabulary, a weight file that is
+    family: see config.read_config. Raises ModelError: another model, no vocabulary, a weight file that is
     missing, a Git LFS pointer, a web page, or a .bin that is cut short or of the old form.
     """
     folder = Path(folder)
-    config = GLMConfig.from_folder(folder)
-    if not (folder / VOCABULARY).is_file():
-        raise ModelError("model_no_vocabulary", file=folder / VOCABULARY)
+    config = read_config(folder, family)
+    vocabulary_file(folder, config.family)
     for file in weight_files(folder):
         look_at(file)
     return config

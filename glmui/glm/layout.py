@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glmui.errors import InvalidInput
@@ -71,6 +72,52 @@ def _first(found: Tensor) -> Tensor:
     return found.int().argmax(-1, keepdim=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """The same for ChatGLM2 and 3, where a token's position is its place, and each sees what came before it.
+
+    pads: [batch, 1] int64, how many columns of padding each row begins with
+    """
+
+    pads: Tensor
+    padded: bool
+
+    @classmethod
+    def of(cls, ids: Tensor, pads: Tensor | None = None) -> Causal:
+        """The layout of prompts [batch, n]. pads: [batch], None for none."""
+        before = ids.new_zeros(len(ids), 1) if pads is None else pads.to(ids).view(-1, 1)
+        return cls(before, pads is not None)
+
+    def positions(self, start: int, end: int) -> Tensor:
+        """[batch, end - start] int64: the position of columns start..end-1; 0 for pads."""
+        return (torch.arange(start, end, device=self.pads.device) - self.pads).clamp_(min=0)
+
+    def visible(self, start: int, end: int, columns: int) -> Tensor:
+        """[batch, 1, end - start, columns] bool; see Layout.visible."""
+        row = torch.arange(start, end, device=self.pads.device)[:, None]  # [rows, 1]
+        column = torch.arange(columns, device=self.pads.device)  # [columns]
+        pads = self.pads[..., None]  # [batch, 1, 1]
+        return ((column <= row) & (column >= pads) & (row >= pads))[:, None]
+
+
+def mask(
+    layout: Layout | Causal, start: int, end: int, columns: int, device: torch.device, front: int = 0
+) -> Tensor | None:
+    """Which columns the rows start..end-1 see, [b, 1, rows, front + columns] bool; None where they see all.
+
+    front: columns of a prefix, before those of the tokens, which every row sees.
+    """
+    if not layout.padded and end - start == 1 and end == columns:  # the newest token
+        return None
+    visible = layout.visible(start, end, columns).to(device)
+    if front:
+        visible = F.pad(visible, (front, 0), value=True)
+    if not layout.padded:
+        return visible
+    # Rows of padding see nothing; a softmax over nothing is NaN, so let them see all: nobody reads them.
+    return visible | ~visible.any(-1, keepdim=True)
+
+
 def pad_left(prompts: Sequence[Sequence[int]], config: GLMConfig) -> tuple[Tensor, Tensor | None]:
     """Prompts as ids [batch, n] int64 and pads [batch] (None when all are of one length).
 
@@ -80,7 +127,12 @@ def pad_left(prompts: Sequence[Sequence[int]], config: GLMConfig) -> tuple[Tenso
         has_gap = config.gmask_token_id in prompt or config.mask_token_id in prompt
         if config.bos_token_id not in prompt or not has_gap:
             raise InvalidInput("prompt_without_gap")
+    return fill_left(prompts, config.pad_token_id)
+
+
+def fill_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
+    """Prompts as ids [batch, n] int64, filled up with `pad` on the left, and pads [batch] (None for none)."""
     length = max(map(len, prompts))
     pads = [length - len(prompt) for prompt in prompts]
-    rows = [[config.pad_token_id] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    rows = [[pad] * count + list(prompt) for count, prompt in zip(pads, prompts, strict=True)]
     return torch.tensor(rows), torch.tensor(pads) if any(pads) else None

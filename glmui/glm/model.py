@@ -14,24 +14,20 @@ ends: b batch, n new tokens, t all tokens so far, h heads, d head size, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmui.glm.cache import KVCache
+from glmui.glm.attention import Attention, Gelu, Rotate
+from glmui.glm.cache import KVCache, Prefix
 from glmui.glm.config import GLMConfig
-from glmui.glm.layout import Layout
-from glmui.glm.rotary import rotary_table, rotate
+from glmui.glm.layout import Layout, mask, pad_left
+from glmui.glm.parts import Head, Rotary, beside, pieces, ticker, word_embeddings
+from glmui.glm.rotary import rotary_table
 
 # The published code always takes 28 here, whatever the number of layers.
 RESIDUAL = math.sqrt(2 * 28)
-
-# Tokens worked on at a time in a long prompt: bounds memory, and how long Stop waits.
-PIECE = 256
-
-Rotary = tuple[Tensor, Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -39,19 +35,21 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.rotate, self.core = Rotate(), Attention()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def project(self, x: Tensor, rotary: Rotary, cache: KVCache, start: int) -> Tensor:
         """Write the keys and values of x [b, n, H] to the cache from `start` on; return the queries."""
         q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)  # b n h d
-        cache.write(self.layer, start, rotate(k, rotary), v)
-        return rotate(q, rotary)  # b n h d
+        cache.write(self.layer, start, self.rotate(k, rotary), v)
+        queries: Tensor = self.rotate(q, rotary)  # b n h d
+        return queries
 
     def attend(self, queries: Tensor, cache: KVCache, end: int, visible: Tensor | None) -> Tensor:
         """What queries [b, n, h, d] find among the first `end` tokens. visible: [b, 1, n, t], None: all."""
         keys, values = cache.read(self.layer, end)  # b h t d
-        found = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, visible)  # b h n d
-        out: Tensor = self.dense(found.transpose(1, 2).flatten(-2))  # b n H
+        found = self.core(queries, keys, values, visible)  # b n h d
+        out: Tensor = self.dense(found.flatten(-2))  # b n H
         return out
 
 
@@ -60,11 +58,12 @@ class GLU(nn.Module):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
+        self.gelu = Gelu()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.gelu(self.dense_h_to_4h(x), approximate="tanh")  # b n 4H
+        inner = self.gelu(self.dense_h_to_4h(x))  # b n 4H
         out: Tensor = self.dense_4h_to_h(inner)  # b n H
         return out
 
@@ -95,11 +94,11 @@ class GLMBlock(nn.Module):
             on_piece()
         done = []
         for query, (first, last) in zip(queries, pieces(hidden.shape[1]), strict=True):
-            visible = mask(layout, start + first, start + last, end, hidden.device)
+            visible = mask(layout, start + first, start + last, end, hidden.device, cache.front)
             x = self.input_layernorm(hidden[:, first:last])
-            x = RESIDUAL * x + self.attention.attend(query, cache, end, visible)
+            x = self.attention.attend(query, cache, end, visible).add(x, alpha=RESIDUAL)
             x = self.post_attention_layernorm(x)
-            done.append(RESIDUAL * x + self.mlp(x))
+            done.append(self.mlp(x).add(x, alpha=RESIDUAL))
             on_piece()
         return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 
@@ -108,7 +107,7 @@ class GLMTransformer(nn.Module):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = word_embeddings(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GLMBlock(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
 
@@ -138,41 +137,48 @@ class GLMTransformer(nn.Module):
         return out
 
 
-class TiedHead(nn.Linear):
-    """Logits from the embedding's own tensor, which may be kept in fewer bits than are computed in:
-    then blocks of it are widened one at a time, so that exactness costs no second copy."""
-
-    BLOCK = 1 << 20  # values: 4 MiB in float32
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] → logits [..., V] in x's dtype."""
-        if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight)
-        logits = x.new_empty(*x.shape[:-1], self.out_features)
-        step = max(1, self.BLOCK // self.in_features)
-        for first in range(0, self.out_features, step):
-            rows = self.weight[first : first + step].to(x.dtype)
-            logits[..., first : first + step] = F.linear(x, rows)
-        return logits
-
-
 class ChatGLMModel(nn.Module):
-    """The whole network. Weights are random until checkpoint.load_model fills them."""
+    """The whole network. Weights are random until checkpoint.load_model fills them.
+
+    cache_dtype: what new caches keep keys and values in; None for what they are computed in.
+    prefix: what new caches begin with.
+    """
+
+    EMBEDDING = "transformer.word_embeddings"
+    BLOCKS = "transformer.layers"
+    HEAD = "lm_head"
+
+    cache_dtype: torch.dtype | None = None
+    prefix: Prefix | None = None
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = GLMTransformer(config)
-        self.lm_head: nn.Module = TiedHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
-    @classmethod
-    def around(cls, config: GLMConfig, transformer: GLMTransformer, lm_head: nn.Module) -> ChatGLMModel:
-        """A model of parts that exist already, nothing copied."""
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model.config, model.transformer, model.lm_head = config, transformer, lm_head
-        return model
+    @property
+    def device(self) -> torch.device:
+        """Where ids go."""
+        table: Tensor = self.transformer.word_embeddings.weight
+        return table.device
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The embedding, each block, and the last norm, with their names; the head is the embedding."""
+        body = self.transformer
+        yield self.EMBEDDING, body.word_embeddings
+        for place, block in enumerate(body.layers):
+            yield f"{self.BLOCKS}.{place}", block
+        yield "transformer.final_layernorm", body.final_layernorm
+
+    def pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Prompts as ids [batch, n] and pads [batch]; see layout.pad_left."""
+        return pad_left(prompts, self.config)
+
+    def layout(self, ids: Tensor, pads: Tensor | None = None) -> Layout:
+        """The layout of prompts [batch, n]."""
+        return Layout.of(ids, self.config, pads)
 
     def tie(self) -> None:
         """Make the output head use the embedding's tensors (a quantised one has two)."""
@@ -181,7 +187,7 @@ class ChatGLMModel(nn.Module):
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens."""
-        return KVCache(self.config.num_layers, capacity)
+        return KVCache(self.config.num_layers, capacity, self.cache_dtype, self.prefix)
 
     def forward(
         self,
@@ -195,44 +201,8 @@ class ChatGLMModel(nn.Module):
 
         layout: of the prompt, needed once the cache holds it; None makes it from `ids`. cache: None for none.
         """
-        layout = Layout.of(ids, self.config) if layout is None else layout
+        layout = self.layout(ids) if layout is None else layout
         cache = self.new_cache(ids.shape[1]) if cache is None else cache
         hidden = self.transformer(ids, layout, cache, on_piece)
         logits: Tensor = self.lm_head(hidden[:, -1:] if last_only else hidden)
         return logits
-
-
-def pieces(length: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into (first, last + 1) of at most PIECE."""
-    return [(first, min(first + PIECE, length)) for first in range(0, length, PIECE)]
-
-
-def beside(weight: Tensor, x: Tensor) -> Tensor:
-    """x in the device and dtype of `weight`: parts of a model may differ in both.
-
-    A weight on "meta" has been put away by accelerate, which moves inputs by itself.
-    """
-    return x if weight.is_meta else x.to(weight)
-
-
-def mask(layout: Layout, start: int, end: int, columns: int, device: torch.device) -> Tensor | None:
-    """Which columns the rows start..end-1 see, [b, 1, rows, columns] bool, or None where they see all."""
-    if not layout.padded:
-        newest = end - start == 1 and end == columns
-        return None if newest else layout.visible(start, end, columns).to(device)
-    visible = layout.visible(start, end, columns).to(device)
-    # Rows of padding see nothing; a softmax over nothing is NaN, so let them see all: nobody reads them.
-    return visible | ~visible.any(-1, keepdim=True)
-
-
-def ticker(total: int, report: Callable[[float], None] | None) -> Callable[[], None]:
-    """A function that reports the part done each time it is called, `total` times in all."""
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if report is not None:
-            report(done / total)
-
-    return tick

@@ -9,9 +9,11 @@ from glmui.text.model_files import read_json
 from glmui.types import TokenCounter
 
 
-def open_counter(folder: Path) -> TokenCounter:
-    """Counts a prompt's tokens as the model in `folder` does ("echo": as the scripted engine). Raises
-    ModelError."""
+def open_counter(folder: Path, family: str = "") -> TokenCounter:
+    """Counts a prompt's tokens as the model in `folder` does ("echo": as the scripted engine).
+
+    family: "chatglm2" or "chatglm3" for a folder whose files leave that open. Raises ModelError.
+    """
     if str(folder) == "echo":
         from glmui.text import pieces
 
@@ -19,9 +21,9 @@ def open_counter(folder: Path) -> TokenCounter:
     if not (folder / "config.json").is_file():
         raise ModelError("model_file_missing", folder=folder, file="config.json")
     if read_json(folder / "config.json").get("model_type") == "chatglm":
-        from glmui.text import chatglm
+        from glmui.text import chatglms
 
-        return chatglm.open_counter(folder)
+        return chatglms.open_counter(folder, family)
     from glmui.text.chat_template import ChatTokenizer
 
     return ChatTokenizer.from_folder(folder).count

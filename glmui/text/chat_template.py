@@ -48,6 +48,10 @@ class ChatTokenizer:
         }
         self._control, self._steering = _starts(control), _starts(steering)
 
+    def __len__(self) -> int:
+        """Ids that have a token."""
+        return int(self._tokenizer.get_vocab_size())
+
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTokenizer:
         """Open tokenizer.json and the chat template. Raises ModelError naming what is missing or broken."""

@@ -10,18 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
-import sentencepiece
-
-from glmui.errors import ModelError
 from glmui.prompts import chatglm_prompt, chatglm_rounds
-from glmui.text.model_files import read_json, refuse_chatglm2
-from glmui.types import Message, TokenCounter
+from glmui.text.model_files import ChatGLMFamily
+from glmui.text.vocabulary import (
+    CHATGLM_PLACES,
+    EOP,
+    GMASK,
+    NAMES,
+    PAD,
+    SOP,
+    UNK,
+    open_vocabulary,
+    vocabulary_file,
+)
+from glmui.types import Message
 
-VOCABULARY = "ice_text.model"
-
-UNK, PAD, MASK, GMASK, SOP, EOP = 0, 3, 130000, 130001, 130004, 130005
-_PLACES = {"<unk>": UNK, "<pad>": PAD, "[MASK]": MASK, "[gMASK]": GMASK, "<sop>": SOP, "<eop>": EOP}
+VOCABULARY = NAMES["chatglm"]
 
 # Typed into a text, these five become special ids; "[gMASK]" and all others are ordinary text.
 _TYPED = re.compile(r"(<sop>|<eop>|<unk>|<pad>|\[MASK\])")
@@ -42,19 +48,11 @@ class ChatGLMTokenizer:
     Raises ModelError when the file is missing, unreadable, or another model's vocabulary.
     """
 
+    family: ClassVar[ChatGLMFamily] = "chatglm"
+
     def __init__(self, path: Path | str) -> None:
-        path = Path(path)
-        self.file = path / VOCABULARY if path.is_dir() else path
-        if not self.file.is_file():
-            raise ModelError("model_no_vocabulary", file=self.file)
-        self._pieces = sentencepiece.SentencePieceProcessor()
-        try:
-            self._pieces.LoadFromSerializedProto(self.file.read_bytes())
-            places = {name: self._pieces.piece_to_id(name) for name in _PLACES}
-        except (OSError, RuntimeError) as error:
-            raise ModelError("model_wrong_vocabulary", file=self.file) from error
-        if places != _PLACES:
-            raise ModelError("model_wrong_vocabulary", file=self.file)
+        self.file = vocabulary_file(Path(path), "chatglm")
+        self._pieces = open_vocabulary(self.file, "chatglm")
 
     def __len__(self) -> int:
         """Ids that have a piece (130344; the model's own vocabulary is padded to 130528)."""
@@ -120,7 +118,7 @@ class ChatGLMTokenizer:
         ids: list[int] = []
         for place, part in enumerate(parts):
             if place % 2:
-                ids.append(_PLACES[part])
+                ids.append(CHATGLM_PLACES[part])
                 continue
             if place > 0:
                 part = part.lstrip()
@@ -163,13 +161,3 @@ def prompt_ids(tokenizer: ChatGLMTokenizer, messages: Sequence[Message]) -> list
 def begun_reply(messages: Sequence[Message]) -> str:
     """The reply to be continued, "" where a new one is asked for."""
     return messages[-1].content if messages and messages[-1].role == "assistant" else ""
-
-
-def open_counter(folder: Path | str) -> TokenCounter:
-    """A counter of prompt tokens that needs no torch.
-
-    Raises ModelError as ChatGLMTokenizer does, and for a ChatGLM2 or 3.
-    """
-    refuse_chatglm2(read_json(Path(folder) / "config.json"), folder)
-    tokenizer = ChatGLMTokenizer(folder)
-    return lambda messages: len(prompt_ids(tokenizer, messages))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glmui.errors import ModelError
 
@@ -36,7 +36,43 @@ def read_template(folder: Path) -> str | None:
     return None
 
 
-def refuse_chatglm2(config: dict[str, Any], folder: Path | str) -> None:
-    """Raise ModelError for a ChatGLM2 or 3: they name themselves "chatglm" too, but have other keys."""
-    if "multi_query_attention" in config or "padded_vocab_size" in config or "ffn_hidden_size" in config:
-        raise ModelError("model_is_chatglm2", folder=folder)
+ChatGLMFamily = Literal["chatglm", "chatglm2", "chatglm3"]
+CHATGLM2_FAMILIES: tuple[ChatGLMFamily, ...] = ("chatglm2", "chatglm3")
+
+# What the published configs give as seq_length, the 32k models (which have a rope_ratio) aside.
+_LENGTHS: tuple[tuple[int, ChatGLMFamily], ...] = ((32768, "chatglm2"), (8192, "chatglm3"))
+
+
+def is_chatglm2(config: dict[str, Any]) -> bool:
+    """Whether a config.json of type "chatglm" is of ChatGLM2 or 3, which share a network and its keys."""
+    return any(key in config for key in ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size"))
+
+
+def is_in_doubt(folder: Path) -> bool:
+    """Whether a folder's files fit both ChatGLM2 and 3."""
+    try:
+        chatglm_family(folder, read_json(folder / "config.json"))
+    except ModelError as error:
+        return error.code == "model_family_in_doubt"
+    return False
+
+
+def chatglm_family(folder: Path, config: dict[str, Any], family: str = "") -> ChatGLMFamily:
+    """Which of the three a folder of type "chatglm" holds, told from its files and never from its name.
+
+    ChatGLM3's tokenizer_config.json has a chat template, ChatGLM2's has none; else the config's
+    _name_or_path tells, else its length. family: "chatglm2" or "chatglm3" for where all of them are silent.
+    Raises ModelError("model_family_in_doubt").
+    """
+    if not is_chatglm2(config):
+        return "chatglm"
+    if isinstance(read_json(folder / "tokenizer_config.json").get("chat_template"), str):
+        return "chatglm3"
+    name = str(config.get("_name_or_path", "")).lower()
+    told = [found for found in CHATGLM2_FAMILIES if found in name]
+    if (config.get("rope_ratio") or 1) == 1:
+        told += [found for length, found in _LENGTHS if config.get("seq_length") == length]
+    told += [found for found in CHATGLM2_FAMILIES if found == family]
+    if told:
+        return told[0]
+    raise ModelError("model_family_in_doubt", folder=folder)
