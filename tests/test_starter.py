@@ -140,6 +140,7 @@ def test_fetched_checked_converted_and_kept(index: Path, tmp_path: Path) -> None
         "LICENSE",
         "config.json",
         "generation_config.json",
+        "glmui.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",

