@@ -10,7 +10,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glmui import __version__
 from glmui.errors import InvalidInput
@@ -19,6 +19,8 @@ FIRST_PORT = 7860
 PORTS_TRIED = 21
 WHOAMI = "/glmui/whoami"
 _BACKLOG = 128
+
+State = Literal["free", "glmui", "other_glmui", "taken", "forbidden", "bad_host"]
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,38 @@ def _explained(error: OSError, host: str, port: int) -> InvalidInput:
 
 def is_running(host: str, port: int, data_dir: Path) -> bool:
     """Whether glmui answers there for this very data folder."""
+    answer = _ask(host, port)
+    return answer.get("app") == "glmui" and answer.get("data_dir_id") == data_dir_id(data_dir)
+
+
+def _ask(host: str, port: int) -> dict[str, Any]:
+    """What /glmui/whoami answers there, {} where no glmui does."""
     connection = http.client.HTTPConnection(reachable(host), port, timeout=2)
     try:
         connection.request("GET", WHOAMI)
         answer = json.loads(connection.getresponse().read(10_000))
     except (OSError, ValueError, http.client.HTTPException):
-        return False
+        return {}
     finally:
         connection.close()
-    same = isinstance(answer, dict) and answer.get("data_dir_id") == data_dir_id(data_dir)
-    return same and answer.get("app") == "glmui"
+    return answer if isinstance(answer, dict) else {}
+
+
+def state(host: str, port: int, data_dir: Path) -> State:
+    """What a port is to glmui now: free, answered by glmui (for this data folder, or another), taken by
+    another program, or not to be had. "bad_host": the address is none of this machine's."""
+    try:
+        _bind(host, port).close()
+        return "free"
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            return "forbidden"
+        if error.errno != errno.EADDRINUSE:
+            return "bad_host"
+    answer = _ask(host, port)
+    if answer.get("app") != "glmui":
+        return "taken"
+    return "glmui" if answer.get("data_dir_id") == data_dir_id(data_dir) else "other_glmui"
 
 
 def reachable(host: str) -> str:

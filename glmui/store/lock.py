@@ -13,14 +13,14 @@ from glmui.store.database import told
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(descriptor: int) -> None:
+    def lock_descriptor(descriptor: int) -> None:
         # Windows locks bytes against reading too, so one far behind the text is taken.
         os.lseek(descriptor, 1 << 20, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _lock(descriptor: int) -> None:
+    def lock_descriptor(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -63,7 +63,7 @@ class FolderLock:
 
     def _take(self, folder: Path) -> None:
         try:
-            _lock(self._descriptor)
+            lock_descriptor(self._descriptor)
         except OSError as error:
             if error.errno not in _HELD:
                 raise
