@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from glmui import cli, i18n
 from glmui.engine import measure, random_model
+from glmui.engine.chatglm import cache_dtype
 from glmui.engine.families import open_family
 from glmui.engine.figures import Figures, NotMeasured, decode_rate, median_of
 from glmui.engine.probe import ReadProbe
@@ -108,6 +110,7 @@ def test_on_a_card_there_is_no_read_limit() -> None:
     assert "not in this computer's memory" in lines(results, "en")[-1]
 
 
+@pytest.mark.slow
 def test_the_whole_command_on_a_small_model(tmp_path: Path) -> None:
     done = bench(tmp_path, "--random", "tiny", "--threads", "1", "--json")
     assert done.stderr == ""
@@ -147,14 +150,16 @@ def test_a_transformers_model_decodes_one_row(tmp_path: Path) -> None:
 def test_chatglm_reads_all_of_its_weights_and_its_cache(tmp_path: Path) -> None:
     random_model.write(tmp_path, "tiny")
     config = random_model.SIZES["tiny"]
-    subject = subject_of(open_family(EngineSpec("tiny", str(tmp_path), "cpu", 1), lambda progress: None))
+    spec = EngineSpec("tiny", str(tmp_path), "cpu", 1)
+    subject = subject_of(open_family(spec, lambda progress: None))
     stored = sum(random_model.bytes_of(dtype, shape) for _, dtype, shape in random_model.tensors_of(config))
     assert stored <= subject.weight_bytes < 1.01 * stored  # the embedding in float16 as in the file
     subject.prefill(8)
     rows = subject.at(16, 3)
     rows.reset()
     rows.step()
-    assert rows.cache_bytes() == 3 * 16 * 2 * 4 * config.num_layers * config.hidden_size
+    kept = cache_dtype(spec) or torch.float32
+    assert rows.cache_bytes() == 3 * 16 * 2 * kept.itemsize * config.num_layers * config.hidden_size
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from glmui.types import EngineInfo
 
 PROMPTS = (32, 128, 512)
 CONTEXTS = (128, 1024)
+LONG_CONTEXT = 8192  # decoded from, too, by models that were trained on so much
 BATCHES = (1, 2, 4, 8)
 FULL_CONTEXT = 2048  # or the model's own, where that is less
 MOST_STEPS = 32  # tokens decoded in one run, at most
@@ -87,11 +88,15 @@ class Figures:
         self._subject.prefill(PROMPTS[0])  # the first pass brings the weights into memory
         for tokens in PROMPTS:
             self._figure("prefill_tok_s", tokens, self._prefill)
-        for context in CONTEXTS:
+        for context in (*CONTEXTS, *self._long()):
             self._figure("decode_tok_s", context, self._decode)
         for rows in BATCHES:
             self._figure("batch_tok_s", rows, self._batch)
         self._reach_full_context()
+
+    def _long(self) -> tuple[int, ...]:
+        can = self._info.context_length >= LONG_CONTEXT and not self._subject.reads_context
+        return (LONG_CONTEXT,) if can else ()
 
     def _figure(self, name: str, key: int, take: Callable[[int], float]) -> None:
         self._tell("doing", name=name, key=str(key))

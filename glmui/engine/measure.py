@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +24,7 @@ from glmui.engine.figures import Figures
 from glmui.engine.wire import Wire
 from glmui.engine.worker import ENVIRONMENT, explain
 from glmui.errors import EngineError, InvalidInput, to_values
-from glmui.glm.config import GLMConfig
+from glmui.glm.config import read_config
 from glmui.types import ChatEngine, EngineSpec, Progress
 
 _BESIDES = 1_500_000_000  # bytes for the cache, the read probe and torch itself
@@ -31,14 +32,21 @@ _BESIDES = 1_500_000_000  # bytes for the cache, the read probe and torch itself
 
 def run(connection: Connection, spec: EngineSpec, everything: bool) -> None:
     """Entry of the process: load the model, and with `everything` measure it too."""
+    serve(connection, spec, _measure if everything else None)
+
+
+def serve(
+    connection: Connection, spec: EngineSpec, work: Callable[[ChatEngine, Wire], None] | None = None
+) -> None:
+    """Load the model, do `work` with it, and tell of both or of what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the command's to handle
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     wire = Wire(connection)
     try:
         engine = load(spec, wire)
-        if everything:
-            _measure(engine, wire)
+        if work:
+            work(engine, wire)
         wire.send("done", peak_rss=peak_rss())
     except (BrokenPipeError, EOFError):
         return  # nobody listens any more
@@ -77,7 +85,7 @@ def _growth(spec: EngineSpec) -> int:
     """How many times its files a model takes: float16 ChatGLM is computed in float32, others adapt."""
     if family_of(spec.folder) != "chatglm" or spec.quantize != "none":
         return 1
-    return 1 if GLMConfig.from_folder(spec.folder).quantization_bit else 2
+    return 1 if read_config(spec.folder, spec.chatglm_family).quantization_bit else 2
 
 
 def _measure(engine: ChatEngine, wire: Wire) -> None:
@@ -90,6 +98,16 @@ def _measure(engine: ChatEngine, wire: Wire) -> None:
         wire.receive()
 
     Figures(subject_of(engine), info, wire.send, probe).take()
+
+
+def memory() -> tuple[int, int]:
+    """Bytes this process has in memory now: all, and what is its own (no mapped files)."""
+    process = psutil.Process()
+    if sys.platform == "linux":
+        found = process.memory_info()
+        return found.rss, found.rss - found.shared
+    found = process.memory_full_info()
+    return found.rss, found.uss
 
 
 def peak_rss() -> int:

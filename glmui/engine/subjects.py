@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from glmui.engine.chatglm import ChatGLMDecoder
+from glmui.engine.decoders import decoder_of
 from glmui.engine.figures import MOST_STEPS, NotMeasured, Rows, Subject
-from glmui.glm.layout import Layout
+from glmui.glm.checkpoint import AnyModel
+from glmui.glm.config import GLMConfig
 from glmui.glm.model import ChatGLMModel
 from glmui.quant.fast import KernelLinear
+from glmui.text.chatglm2 import GMASK, SOP
 
 if TYPE_CHECKING:
     from glmui.engine.causal_lm import CausalDecoder
@@ -28,11 +30,11 @@ def subject_of(engine: Any) -> Subject:
 
 
 class GLMSubject:
-    """ChatGLM. Where only decoding is measured, a cache of random values stands in for a prompt."""
+    """A ChatGLM of any of the three. Where only decoding is measured, random keys stand in for a prompt."""
 
     reads_context = False
 
-    def __init__(self, model: ChatGLMModel) -> None:
+    def __init__(self, model: AnyModel) -> None:
         self._model = model
         self._random = random.Random(0)
         read = [p for p in model.parameters() if p is not embedding_unread(model)]
@@ -41,32 +43,34 @@ class GLMSubject:
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
         """By a fresh decoder, so that no cache outlives its figure."""
-        int(ChatGLMDecoder(self._model).prefill(self._prompt(tokens), _ignore).argmax())
+        int(decoder_of(self._model).prefill(self._prompt(tokens), _ignore).argmax())
 
     def at(self, context: int, rows: int) -> Rows:
         return GLMRows(self._model, self._prompt(context), rows)
 
     def _prompt(self, tokens: int) -> list[int]:
         config = self._model.config
-        words = self._random.choices(range(5, config.vocab_size // 2), k=tokens - 2)
-        return [*words, config.gmask_token_id, config.bos_token_id]
+        words = self._random.choices(range(300, config.vocab_size // 2), k=tokens - 2)
+        if isinstance(config, GLMConfig):
+            return [*words, config.gmask_token_id, config.bos_token_id]
+        return [GMASK, SOP, *words]
 
 
 class GLMRows:
-    def __init__(self, model: ChatGLMModel, prompt: list[int], rows: int) -> None:
+    def __init__(self, model: AnyModel, prompt: list[int], rows: int) -> None:
         self._model, self._context = model, len(prompt)
-        ids = torch.tensor([prompt] * rows, device=model.transformer.word_embeddings.weight.device)
-        self._layout = Layout.of(ids, model.config)
+        ids = torch.tensor([prompt] * rows, device=model.device)
+        self._layout = model.layout(ids)
         self._cache = model.new_cache(len(prompt) + MOST_STEPS)
         with torch.inference_mode():
             self._fill(rows)
         self._newest = ids[:, -1:]  # [rows, 1]
 
     def _fill(self, rows: int) -> None:
-        config = self._model.config
-        values = torch.randn(rows, self._context, config.num_attention_heads, config.head_size)
-        for place, block in enumerate(self._model.transformer.layers):
-            there = values.to(block.get_submodule("attention.dense").get_parameter("bias"))
+        config, blocks = self._model.config, self._model.get_submodule(self._model.BLOCKS)
+        values = torch.randn(rows, self._context, config.kv_heads, config.head_size)
+        for place, block in enumerate(blocks.children()):
+            there = values.to(block.get_submodule("input_layernorm").get_parameter("weight"))
             self._cache.write(place, 0, there, there)
         self._cache.length = self._context
 
@@ -134,10 +138,11 @@ def packed_weights(model: nn.Module) -> Iterator[Tensor]:
             yield from (module.packed.weight, module.packed.scale)
 
 
-def embedding_unread(model: ChatGLMModel) -> Tensor | None:
+def embedding_unread(model: AnyModel) -> Tensor | None:
     """The embedding's table where the output head has one of its own."""
-    table: Tensor = model.transformer.word_embeddings.weight
-    return table if isinstance(model.lm_head, KernelLinear) else None
+    table: Tensor = model.get_submodule(model.EMBEDDING).get_parameter("weight")
+    is_tied = isinstance(model, ChatGLMModel) and not isinstance(model.lm_head, KernelLinear)
+    return None if is_tied else table
 
 
 def weights_read(model: Any) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from glmui.engine.figures import BATCHES, CONTEXTS, PROMPTS
+from glmui.tools.aligned import columns_of, padded
 from glmui.types import EngineInfo
 
 KEYS = {"prefill_tok_s": PROMPTS, "decode_tok_s": CONTEXTS, "batch_tok_s": BATCHES}
@@ -79,8 +79,8 @@ def table(results: Results, say: Say) -> list[str]:
         (say("bench.rows.read_limit"), figures["read_limit_gb_s"], "GB/s"),
         (say("bench.rows.of_limit"), figures["decode_of_limit"], "%"),
     ]
-    width = 2 + max(_columns(label) for label, _, _ in rows)
-    lines = [label + " " * (width - _columns(label)) + _shown(value, unit) for label, value, unit in rows]
+    width = 2 + max(columns_of(label) for label, _, _ in rows)
+    lines = [padded(label, width) + _shown(value, unit) for label, value, unit in rows]
     if figures["decode_of_limit"] is not None:
         lines += ["", say("bench.meaning", read=f"{results.bytes_per_token / 1e9:.2f}")]
     return [title, "", *lines, *missing_lines(results, say)]
@@ -101,8 +101,3 @@ def _shown(value: float | None, unit: str) -> str:
     if unit == "%":
         return f"{value:>8.0%}"
     return f"{value:>8.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-
-
-def _columns(text: str) -> int:
-    """How wide a terminal shows a text: Chinese characters take two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

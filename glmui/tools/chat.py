@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from glmui import i18n, prompts
 from glmui.engine.client import EngineClient
+from glmui.engine.families import check_extras
 from glmui.errors import GlmuiError, InvalidInput
 from glmui.hub import installed, starter
 from glmui.settings import Settings, make_data_folder, spec_of
@@ -42,9 +43,11 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
     make_data_folder(settings.data_dir)
     terminal = Terminal(language)
     folder = find_model(wish.model, settings.data_dir, terminal.show)
-    engine = EngineClient(spec_of(settings, wish.model, folder))
+    spec = spec_of(settings, wish.model, folder)
+    check_extras(spec)
+    engine = EngineClient(spec)
     try:
-        chat = Chat(engine, open_counter(folder), wish.params, wish.system)
+        chat = Chat(engine, open_counter(folder, settings.chatglm_family), wish.params, wish.system)
         if wish.prompt is None:
             converse(chat, terminal)
         else:
@@ -119,12 +122,16 @@ class Terminal:
 
     def show(self, progress: Progress) -> None:
         """One line that overwrites itself."""
-        if not self._err.isatty():
-            return
-        self._wipe()
         line = i18n.text(self.language, f"cli.stages.{progress.stage}")
         if progress.fraction is not None:
             line += f" {progress.fraction:.0%}"
+        self.show_line(line)
+
+    def show_line(self, line: str) -> None:
+        """The same of words of one's own."""
+        if not self._err.isatty():
+            return
+        self._wipe()
         self._err.write(line)
         self._err.flush()
         self._shown = sum(2 if ord(character) > 0x2E80 else 1 for character in line)  # columns
