@@ -7,10 +7,7 @@ element.addEventListener("click", (event) => {
   const id = item.dataset.id;
   if (event.target.closest(".delete")) trigger("delete", { id });
   else if (event.target.closest(".rename")) edit(item);
-  else if (event.target.closest(".title")) {
-    trigger("select", { id });
-    window.glmui.closeSideOnPhone();
-  }
+  else if (event.target.closest(".title")) trigger("select", { id });
 });
 
 element.addEventListener("dblclick", (event) => {

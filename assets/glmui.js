@@ -63,7 +63,19 @@
       paint();
     },
     closeSideOnPhone: () => {
-      if (window.innerWidth <= 900) document.querySelector("#left.open .toggle-button")?.click();
+      if (window.innerWidth > 900) return;
+      document.querySelectorAll("#left.open .toggle-button, #right.open .toggle-button").forEach((b) => b.click());
+    },
+    // What stands in the middle: "" is the chat, else the area of that name. It is kept in the address,
+    // so that the browser's Back leads out of it.
+    view: (name, place) => {
+      if (name) location.hash = name;
+      else if (location.hash) history.pushState(null, "", location.pathname + location.search);
+      showView();
+      window.glmui.closeSideOnPhone();
+      const target = place && document.getElementById(place);
+      target?.scrollIntoView({ block: "start" });
+      target?.parentElement.querySelector(`#${place} ~ * input`)?.focus({ preventScroll: true });
     },
     language: (code) => {
       document.cookie = `glmui_language=${code}; path=/; max-age=31536000; samesite=strict`;
@@ -74,14 +86,31 @@
   };
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest?.("#looks [data-glmui]");
-    if (!button) return;
-    const [name, argument] = button.dataset.glmui.split(":");
-    window.glmui[name]?.(argument);
+    const button = event.target.closest?.("[data-glmui]");
+    if (!button || button.closest("#thread")) return;
+    const [name, ...given] = button.dataset.glmui.split(":");
+    window.glmui[name]?.(...given);
   });
 
   document.addEventListener("click", (event) => {
-    if (event.target.closest?.("#new")) window.glmui.closeSideOnPhone();
+    if (event.target.closest?.("#new, .conversations .title")) window.glmui.view("");
+  });
+
+  const showView = () => {
+    const name = location.hash.slice(1);
+    const known = name && document.querySelector(`#middle > .view#${CSS.escape(name)}`);
+    document.documentElement.dataset.view = known ? name : "";
+    for (const button of document.querySelectorAll("[data-glmui^='view:']")) {
+      const here = known && button.dataset.glmui === `view:${name}`;
+      if (here) button.setAttribute("aria-current", "page");
+      else button.removeAttribute("aria-current");
+    }
+  };
+  window.addEventListener("hashchange", showView);
+  window.addEventListener("popstate", showView);
+  document.addEventListener("keydown", (event) => {
+    const free = event.key === "Escape" && !event.isComposing && !document.querySelector(":popover-open");
+    if (free && document.documentElement.dataset.view) window.glmui.view("");
   });
 
   // The thread stays at its end while a reply grows, unless the reader has scrolled up; earlier messages
@@ -124,6 +153,11 @@
       thread.dataset.kept = "yes";
       keepPlace(thread);
       paint();
+    }
+    const newPlace = document.querySelector("#places button:not([data-seen]), #middle > .view:not([data-seen])");
+    if (newPlace) {
+      newPlace.dataset.seen = "yes";
+      showView();
     }
   }).observe(document.documentElement, { childList: true, subtree: true });
 })();

@@ -17,10 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from glmui.choice import Choice  # noqa: E402
-from glmui.downloads import Download  # noqa: E402
-from glmui.meter import Meter  # noqa: E402
-from glmui.settings import Settings  # noqa: E402
 from glmui.ui import present  # noqa: E402
 from glmui.ui.desk import Desk  # noqa: E402
 from tests.small_world import World  # noqa: E402
@@ -32,8 +28,7 @@ def main() -> None:
     messages = parser.parse_args().messages
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
-        choice = Choice(Settings(data_dir=Path(folder)))
-        desk = Desk(world.service, choice, Download(Path(folder), lambda _: None), Meter())
+        desk = world.desk()
         small, large = filled(world, 10), filled(world, messages)
         follow(desk, small)  # warm up
         costs = {}

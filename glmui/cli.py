@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,24 @@ log = logging.getLogger(__name__)
 Flag = tuple[str, dict[str, Any]]  # its name, and what argparse is to know of it
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+MODEL_ACTIONS = ("list", "get", "import", "verify", "remove", "restore")
 COMMON: tuple[Flag, ...] = (
     ("--data-dir", {"metavar": "DIR"}),
     ("--device", {"metavar": "auto|cpu|cuda|cuda:N|mps|mixed"}),
     ("--threads", {"metavar": "N", "type": int}),
     ("--log-level", {"choices": LOG_LEVELS}),
 )
+EXTRAS: tuple[Flag, ...] = (
+    ("--chatglm", {"dest": "chatglm_family", "choices": ("chatglm2", "chatglm3")}),
+    ("--prefix", {"metavar": "DIR"}),
+    ("--adapter", {"metavar": "DIR"}),
+)
 SERVE: tuple[Flag, ...] = (
     ("--host", {"metavar": "ADDRESS"}),
     ("--port", {"metavar": "N", "type": int}),
     ("--no-browser", {"dest": "browser", "action": "store_false", "default": None}),
     ("--model", {"metavar": "NAME|DIR"}),
+    *EXTRAS,
     ("--starter", {"action": "store_true", "default": None}),
     ("--idle-minutes", {"metavar": "N", "type": float}),
     *COMMON,
@@ -45,6 +53,7 @@ PARAMS: tuple[Flag, ...] = (
 )
 CHAT: tuple[Flag, ...] = (
     ("--model", {"metavar": "NAME|DIR"}),
+    *EXTRAS,
     ("--prompt", {"metavar": "TEXT"}),
     ("--system", {"metavar": "TEXT", "default": ""}),
     ("--greedy", {"action": "store_true"}),
@@ -54,7 +63,52 @@ CHAT: tuple[Flag, ...] = (
 )
 BENCH: tuple[Flag, ...] = (
     ("--model", {"metavar": "NAME|DIR"}),
-    ("--random", {"metavar": "chatglm-6b-int4", "choices": ("chatglm-6b-int4", "tiny")}),
+    ("--random", {"metavar": "chatglm-6b-int4", "choices": ("chatglm-6b-int4", "chatglm3-6b-int4", "tiny")}),
+    ("--suite", {"metavar": "appendix", "choices": ("appendix",)}),
+    ("--baseline", {"metavar": "NAME|DIR"}),
+    ("--html", {"metavar": "FILE"}),
+    ("--json", {"action": "store_true"}),
+    *COMMON,
+)
+DOCTOR: tuple[Flag, ...] = (
+    ("--fix", {"action": "store_true"}),
+    ("--verify", {"action": "store_true"}),
+    ("--json", {"action": "store_true"}),
+    ("--model", {"metavar": "NAME|DIR"}),
+    ("--host", {"metavar": "ADDRESS"}),
+    ("--port", {"metavar": "N", "type": int}),
+    *COMMON,
+)
+QUANTIZE: tuple[Flag, ...] = (
+    ("SRC", {}),
+    ("DST", {}),
+    ("--bits", {"metavar": "4|8", "type": int}),
+    ("--group-size", {"metavar": "N", "type": int}),
+    ("--quantization-embeddings", {"action": "store_true"}),
+    ("--target-gb", {"metavar": "X", "type": float}),
+    ("--report", {"action": "store_true"}),
+    ("--json", {"action": "store_true"}),
+    *COMMON,
+)
+
+PLAN: tuple[Flag, ...] = (
+    ("--model", {"metavar": "NAME|DIR"}),
+    ("--vram", {"metavar": "GIB", "type": float, "action": "append", "default": []}),
+    ("--ram", {"metavar": "GIB", "type": float}),
+    ("--context", {"metavar": "N", "type": int}),
+    ("--layers-on-gpu", {"metavar": "N", "type": int}),
+    ("--quantize", {"choices": ("none", "int8", "int4")}),
+    ("--json", {"action": "store_true"}),
+    *COMMON,
+)
+MODELS: tuple[Flag, ...] = (
+    ("ACTION", {"metavar": "ACTION", "nargs": "?", "default": "list", "choices": MODEL_ACTIONS}),
+    ("WHAT", {"nargs": "?", "default": "", "metavar": "NAME|DIR"}),
+    ("--name", {"metavar": "NAME", "default": ""}),
+    ("--quantize", {"metavar": "int8|int4", "choices": ("none", "int8", "int4"), "default": "none"}),
+    ("--accept-licence", {"action": "store_true"}),
+    ("--trust", {"action": "store_true"}),
+    ("--now", {"action": "store_true"}),
     ("--json", {"action": "store_true"}),
     *COMMON,
 )
@@ -64,7 +118,7 @@ def serve(options: argparse.Namespace, language: str) -> int:
     """The page. `language` is the terminal's."""
     from glmui import server, settings
 
-    names = ("host", "port", "browser", "model", "starter", "idle_minutes", *_COMMON_SETTINGS)
+    names = ("host", "port", "browser", "starter", "idle_minutes", *_MODEL_SETTINGS, *_COMMON_SETTINGS)
     return server.serve(settings.load(**{name: getattr(options, name) for name in names}), language)
 
 
@@ -75,7 +129,8 @@ def chat(options: argparse.Namespace, language: str) -> int:
     from glmui.tools.chat import Wish, run
     from glmui.types import GenerationParams
 
-    loaded = settings.load(**{name: getattr(options, name) for name in ("model", *_COMMON_SETTINGS)})
+    wanted = (*_MODEL_SETTINGS, *_COMMON_SETTINGS)
+    loaded = settings.load(**{name: getattr(options, name) for name in wanted})
     if not loaded.model:
         raise InvalidInput("model_not_named")
     if options.json and options.prompt is None:
@@ -95,9 +150,93 @@ def bench(options: argparse.Namespace, language: str) -> int:
     loaded = settings.load(**{name: getattr(options, name) for name in ("model", *_COMMON_SETTINGS)})
     if (options.model and options.random) or not (loaded.model or options.random):
         raise InvalidInput("bench_model_or_random")
+    if options.suite:
+        from glmui.tools import suite
+
+        if options.random:
+            raise InvalidInput("bench_suite_model")
+        wish = suite.Wish(loaded.model, options.baseline or "", options.html or "", options.json)
+        return suite.run(wish, loaded, language)
+    if options.baseline or options.html:
+        raise InvalidInput("bench_suite_missing")
     return run(Wish(loaded.model, options.random or "", options.json), loaded, language)
 
 
+def doctor(options: argparse.Namespace, language: str) -> int:
+    """What is wrong here, and what to do about it."""
+    from glmui.tools.doctor import Wish, run
+
+    flags = {name: getattr(options, name) for name in ("model", "host", "port", *_COMMON_SETTINGS)}
+    return run(Wish(options.json, options.fix, options.verify), flags, language)
+
+
+def quantize(options: argparse.Namespace, language: str) -> int:
+    """A float16 ChatGLM folder, made smaller."""
+    from glmui import settings
+    from glmui.engine.quantise_job import Job
+    from glmui.errors import InvalidInput
+    from glmui.hub import installed
+    from glmui.tools.quantize import run
+
+    loaded = settings.load(**{name: getattr(options, name) for name in _COMMON_SETTINGS})
+    if options.bits is not None and options.target_gb is not None:
+        raise InvalidInput("quantize_bits_or_target")
+    job = Job(
+        source=str(installed.resolve(options.SRC, loaded.data_dir)),
+        target=os.path.abspath(os.path.expanduser(options.DST)),
+        bits=4 if options.bits is None else options.bits,
+        group_size=options.group_size,
+        embeddings=options.quantization_embeddings,
+        target_gb=options.target_gb,
+        report=options.report,
+        device=loaded.device,
+        threads=loaded.threads,
+    )
+    return run(job, language, options.json)
+
+
+def plan(options: argparse.Namespace, language: str) -> int:
+    """Which part of a model would go where."""
+    from glmui import settings
+    from glmui.errors import InvalidInput
+    from glmui.tools.plan import Wish, run
+
+    names = ("model", "quantize", *_COMMON_SETTINGS)
+    loaded = settings.load(**{name: getattr(options, name) for name in names})
+    if not loaded.model:
+        raise InvalidInput("model_not_named")
+    wish = Wish(
+        loaded.model,
+        tuple(options.vram),
+        options.ram,
+        options.context,
+        options.layers_on_gpu,
+        loaded.quantize,
+        options.json,
+    )
+    return run(wish, loaded, language)
+
+
+def models(options: argparse.Namespace, language: str) -> int:
+    """What is here and what can be had: get, import, verify, remove, restore."""
+    from glmui import settings
+    from glmui.tools.models import Wish, ask_here, run
+
+    loaded = settings.load(**{name: getattr(options, name) for name in _COMMON_SETTINGS})
+    wish = Wish(
+        action=options.ACTION,
+        what=options.WHAT,
+        name=options.name,
+        quantize=options.quantize,
+        accept_licence=options.accept_licence,
+        trust=options.trust,
+        now=options.now,
+        as_json=options.json,
+    )
+    return run(wish, loaded, language, ask_here())
+
+
+_MODEL_SETTINGS = ("model", "chatglm_family", "prefix", "adapter")
 _COMMON_SETTINGS = ("data_dir", "device", "threads", "log_level")
 
 
@@ -107,7 +246,15 @@ class Command:
     run: Callable[[argparse.Namespace, str], int]
 
 
-COMMANDS = {"serve": Command(SERVE, serve), "chat": Command(CHAT, chat), "bench": Command(BENCH, bench)}
+COMMANDS = {
+    "serve": Command(SERVE, serve),
+    "chat": Command(CHAT, chat),
+    "bench": Command(BENCH, bench),
+    "models": Command(MODELS, models),
+    "doctor": Command(DOCTOR, doctor),
+    "quantize": Command(QUANTIZE, quantize),
+    "plan": Command(PLAN, plan),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception, language: str) -> int:
-    if not isinstance(error, GlmuiError):
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("glmui"):
+        error = GlmuiError("package_missing", package=error.name)
+    elif not isinstance(error, GlmuiError):
         log.error("glmui ended by an error", exc_info=error)
         error = GlmuiError("internal", detail=repr(error))
     print(error.message(language), file=sys.stderr)

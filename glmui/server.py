@@ -28,8 +28,6 @@ from glmui.splash import Splash
 if TYPE_CHECKING:
     import socket
 
-    from glmui.choice import Choice
-
 log = logging.getLogger(__name__)
 
 TRASH_SECONDS = 30 * 86400  # so long a deleted conversation can be brought back
@@ -241,7 +239,7 @@ def build_app(settings: Settings) -> House:
     """Put the app together: what may refuse first, what takes long last."""
     from glmui.chat import ChatService
     from glmui.choice import Choice
-    from glmui.downloads import Download
+    from glmui.downloads import Downloads
     from glmui.engine.client import EngineClient
     from glmui.meter import Meter
     from glmui.store import Store
@@ -255,29 +253,28 @@ def build_app(settings: Settings) -> House:
 
         from glmui.ui.desk import Desk
         from glmui.ui.mount import mount
+        from glmui.ui.shelf import Shelf
 
         counter = lru_cache(maxsize=1)(
-            lambda folder: open_counter(Path(folder))
+            lambda folder, family: open_counter(Path(folder), family)
         )  # a vocabulary takes a while
         choice, meter = Choice(settings), Meter()
         store.purge(time.time() - TRASH_SECONDS)
         engine = EngineClient(idle_seconds=settings.idle_minutes * 60)
-        service = ChatService(store, engine, choice.spec, lambda spec: counter(spec.folder))
-        download = Download(settings.data_dir, lambda _: _choose_starter(choice))
+        service = ChatService(
+            store, engine, choice.spec, lambda spec: counter(spec.folder, spec.chatglm_family)
+        )
+        downloads = Downloads(lambda: choice.settings, choice.take_up)
         app = FastAPI(openapi_url=None)
-        mount(app, Desk(service, choice, download, meter))
+        shelf = Shelf(service, choice, downloads, meter)
+        mount(app, Desk(service, choice, shelf, meter))
         unfinished.pop_all()
     if settings.starter:
-        download.start()
+        downloads.get("starter")
 
     def close() -> None:
-        download.close()
+        downloads.close()
         service.close()
         meter.close()
 
     return House(app, close)
-
-
-def _choose_starter(choice: Choice) -> None:
-    if not choice.settings.model:
-        choice.change(model="starter")

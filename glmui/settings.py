@@ -20,6 +20,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from glmui.errors import InvalidInput, StoreError
 from glmui.types import EngineSpec
 
+PACKED = "packed"  # in the data folder: weights in the CPU kernels' order, see engine/packed.py
+NO_EXTRAS = {"prefix": "", "adapter": ""}  # what belongs to one model, and goes with it
 DEVICE_PATTERN = re.compile(r"auto|cpu|cuda(:\d+)?|mps|mixed")
 
 
@@ -38,16 +40,35 @@ class Settings(BaseSettings):
     quantize: Literal["none", "int8", "int4"] = "none"  # weights of a transformers model, once loaded
     cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"  # see docs/kernels.md
     head_bits: Literal[16, 8] = 16  # of ChatGLM's output head on a CPU
+    kv_cache: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of ChatGLM on a CPU
+    chatglm_family: Literal["", "chatglm2", "chatglm3"] = ""  # of a folder whose files fit both
+    prefix: str = ""  # folder of a P-Tuning v2 prefix for ChatGLM
+    adapter: str = ""  # folder of a LoRA adapter for ChatGLM
     starter: bool = False  # fetch the starter model at start if it is not there
     idle_minutes: float = Field(30, ge=0, le=525_600)  # 0: never end an idle engine
     language: Literal["", "en", "zh"] = ""  # "": the browser's
     stop_repetition: bool = True  # end a reply that says the same thing over and over
+    model_sources: str = "huggingface, modelscope"  # where models are fetched from, in this order
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
         if not DEVICE_PATTERN.fullmatch(value):
+            raise ValueError(value)
+        return value
+
+    @field_validator("prefix", "adapter")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        value = value.strip().strip('"')
+        return str(Path(value).expanduser().absolute()) if value else ""
+
+    @field_validator("model_sources")
+    @classmethod
+    def _known_sources(cls, value: str) -> str:
+        entries = [entry.strip() for entry in value.split(",") if entry.strip()]
+        if not entries or not all(_is_source(entry) for entry in entries):
             raise ValueError(value)
         return value
 
@@ -79,6 +100,13 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
+def _is_source(entry: str) -> bool:
+    """A hub's name, a mirror's address, or a folder."""
+    if "://" in entry:
+        return re.fullmatch(r"https?://[^/@\s]+(/\S*)?", entry) is not None
+    return entry in ("huggingface", "modelscope") or Path(entry).expanduser().is_absolute()
+
+
 def spec_of(settings: Settings, model: str, folder: Path | str) -> EngineSpec:
     """What an engine is to hold, for a model that was found in `folder`."""
     return EngineSpec(
@@ -89,7 +117,12 @@ def spec_of(settings: Settings, model: str, folder: Path | str) -> EngineSpec:
         quantize=settings.quantize,
         cpu_precision=settings.cpu_precision,
         head_bits=settings.head_bits,
+        kv_cache=settings.kv_cache,
+        chatglm_family=settings.chatglm_family,
+        packed_dir=str(settings.data_dir / PACKED),
         stop_repetition=settings.stop_repetition,
+        prefix=settings.prefix,
+        adapter=settings.adapter,
     )
 
 
@@ -101,8 +134,15 @@ def load(**flags: Any) -> Settings:
     given = {name: value for name, value in flags.items() if value is not None}
     folder = _checked(lambda: Settings(**_only(given, "data_dir")), given).data_dir
     from_file = _read_file(folder / "settings.toml")
+    if (model := given.get("model") or os.environ.get("GLMUI_MODEL")) and not _is_same(model, from_file):
+        from_file = {k: v for k, v in from_file.items() if k not in NO_EXTRAS}  # they belong to its model
     below_environment = {k: v for k, v in from_file.items() if f"GLMUI_{k.upper()}" not in os.environ}
     return _checked(lambda: Settings(**{**below_environment, **given}), given)
+
+
+def _is_same(model: str, values: dict[str, Any]) -> bool:
+    """Whether these settings name that model."""
+    return values.get("model") in (model, str(Path(model).expanduser().absolute()))
 
 
 def _only(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -138,6 +178,11 @@ def _checked(build: Callable[[], Settings], flags: Iterable[str] = (), page: Ite
         raise InvalidInput(f"bad_setting.{name}", value=first["input"], where=where) from error
 
 
+def check(settings: Settings, **changes: Any) -> Settings:
+    """The settings with `changes` of the page. Raises InvalidInput."""
+    return _checked(lambda: Settings(**{**settings.model_dump(), **changes}), page=changes)
+
+
 def save(settings: Settings, **changes: Any) -> Settings:
     """Check `changes`, write them into the settings file and return the new settings.
 
@@ -146,7 +191,7 @@ def save(settings: Settings, **changes: Any) -> Settings:
     import tomlkit  # lazily: most commands never write
     from tomlkit.exceptions import ParseError
 
-    changed = _checked(lambda: Settings(**{**settings.model_dump(), **changes}), page=changes)
+    changed = check(settings, **changes)
     file = settings.data_dir / "settings.toml"
     try:
         document = tomlkit.parse(file.read_text(encoding="utf-8-sig") if file.exists() else "")

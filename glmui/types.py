@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from glmui.errors import InvalidInput
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "observation"]  # observation: what a tool gave (ChatGLM3)
 FinishReason = Literal["stop", "length", "cancelled", "error", "interrupted"]
 EngineState = Literal["asleep", "loading", "ready", "failed"]
-Stage = Literal["fetching", "converting", "queued", "starting", "loading", "prefill", "decode"]
+Stage = Literal[
+    "fetching", "checking", "converting", "queued", "starting", "loading", "packing", "prefill", "decode"
+]
 
 # Bounds of every generation parameter: (lowest, highest). The page, the command line and the
 # API all read them here.
@@ -141,6 +143,11 @@ class EngineSpec:
     threads: None means the physical cores. quantize: "none", "int8" or "int4" while loading.
     cpu_precision: of the activations that meet quantised weights on a CPU (docs/kernels.md).
     head_bits: 16 keeps ChatGLM's output head as it is, 8 quantises it (with the CPU kernels).
+    kv_cache: what ChatGLM's keys and values are kept in on a CPU; "auto" is fp32 where cpu_precision is
+    exact, else fp16.
+    chatglm_family: "chatglm2" or "chatglm3" for a folder whose files fit both, else "".
+    packed_dir: where weights in the CPU kernels' order are kept, "" for nowhere.
+    prefix, adapter: folders of ChatGLM's extras, "" for none.
     """
 
     model: str
@@ -150,7 +157,21 @@ class EngineSpec:
     quantize: str = "none"
     cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"
     head_bits: int = 16
+    kv_cache: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    chatglm_family: str = ""
+    packed_dir: str = ""
     stop_repetition: bool = True
+    prefix: str = ""
+    adapter: str = ""
+
+    @property
+    def base(self) -> EngineSpec:
+        """What takes loading: all but the extras, which a loaded model changes between two replies."""
+        return replace(self, prefix="", adapter="")
+
+    @property
+    def extras(self) -> tuple[str, str]:
+        return self.prefix, self.adapter
 
 
 class ChatEngine(Protocol):
@@ -177,6 +198,18 @@ class ChatEngine(Protocol):
 
     def unload(self) -> None:
         """Give the model's memory back; the next `stream_chat` loads again."""
+        ...
+
+
+@runtime_checkable
+class TakesExtras(Protocol):
+    """An engine whose model may have a prefix or an adapter beside it."""
+
+    def use_extras(self, prefix: str, adapter: str) -> None:
+        """Answer with what lies in these folders from now on, "" for none. Between two replies only.
+
+        Raises ModelError where one does not fit the model; then nothing has changed.
+        """
         ...
 
 

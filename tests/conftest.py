@@ -16,17 +16,20 @@ if os.environ.get("CI"):
 # As in the engine process: two OpenMP threads that wait by spinning crawl once anything else wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from tests.chatglm2_fixture import published_chatglm2, tiny_chatglm2  # noqa: E402
 from tests.chatglm_fixture import published_chatglm, tiny_chatglm  # noqa: E402
 from tests.starter_fixture import starter_data  # noqa: E402
 
-__all__ = ["published_chatglm", "starter_data", "tiny_chatglm"]
+__all__ = ["published_chatglm", "published_chatglm2", "starter_data", "tiny_chatglm", "tiny_chatglm2"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are built for this run, and nothing is left in the account's own cache."""
+    """Kernels are built for this run, once for all its workers; the account's own cache is left alone."""
     before = dict(os.environ)
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
     yield
     os.environ.clear()
     os.environ.update(before)

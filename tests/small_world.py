@@ -7,10 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from glmui.chat import ChatService
+from glmui.choice import Choice
+from glmui.downloads import Downloads
 from glmui.engine.echo import EchoEngine
+from glmui.meter import Meter
+from glmui.settings import Settings
 from glmui.store import Store, StoredMessage
 from glmui.text import pieces
 from glmui.types import ChatSettings, EngineSpec
+from glmui.ui.desk import Desk
+from glmui.ui.shelf import Shelf
 
 ECHO = EngineSpec("echo", "echo")
 
@@ -36,6 +42,12 @@ class World:
         self.engine = Echo()
         self.store = Store.open(folder)
         self.service = ChatService(self.store, self.engine, lambda: spec, lambda _: pieces.count)
+
+    def desk(self, model: str = "echo", meter: Meter | None = None) -> Desk:
+        """What the page of this world works with."""
+        choice, meter = Choice(Settings(data_dir=self.folder, model=model)), meter or Meter()
+        downloads = Downloads(lambda: choice.settings, choice.take_up)
+        return Desk(self.service, choice, Shelf(self.service, choice, downloads, meter), meter)
 
     def conversation(self, settings: ChatSettings | None = None) -> str:
         return self.service.new_conversation(settings or ChatSettings()).id

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+from tests.hub_server import StandInHub
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 30_000  # ms: the machine may be busy with other tests
@@ -65,7 +67,14 @@ class App:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory, starter_data: Path) -> Iterator[App]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInHub]:
+    """A model hub whose repository of ChatGLM-6B-INT4 is empty until a test fills it."""
+    with StandInHub({"zai-org/chatglm-6b-int4": tmp_path_factory.mktemp("repository")}) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, starter_data: Path, hub: StandInHub) -> Iterator[App]:
     """No model is chosen yet; the starter lies ready, so that fetching it takes no second download."""
     data = tmp_path_factory.mktemp("data")
     (data / "models").mkdir()
@@ -83,6 +92,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, starter_data: Path) -> Iterato
         str(data),
     ]
     environment = {**os.environ, "LANG": "C.UTF-8", "PYTHONWARNINGS": "default"}
+    environment["GLMUI_MODEL_SOURCES"] = hub.address
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
@@ -177,11 +187,16 @@ def use_model(page: Page, name: str) -> None:
 # The tests below share the server and run in this order: the first finds no model chosen.
 
 
+def model_card(page: Page, area: str, name: str) -> Locator:
+    """What the welcome ("ways") or the Models area ("shelf") tells of one model."""
+    return page.locator(f"#{area} li[data-name='{name}']")
+
+
 @pytest.mark.starter
 def test_a_first_start_leads_to_the_starter_and_a_real_answer(context: BrowserContext, app: App) -> None:
     page = opened(context, app)
     expect(page.locator("#welcome")).to_be_visible(timeout=PATIENCE)
-    page.locator("#get-starter").click()
+    model_card(page, "ways", "starter").get_by_role("button", name="Use").click()
     expect(page.locator("#engine .chip")).to_contain_text("starter", timeout=180_000)
     expect(page.locator("#welcome")).to_be_hidden(timeout=PATIENCE)
     page.locator("#temperature input[type=number]").fill("0")
@@ -191,6 +206,69 @@ def test_a_first_start_leads_to_the_starter_and_a_real_answer(context: BrowserCo
     expect(page.locator("#thread .bot-row .message").last).to_contain_text("Paris", timeout=120_000)
     wait_until_done(page)
     expect(page.locator("#status")).to_contain_text("tokens/s")
+
+
+def test_a_first_start_fetches_chatglm_imports_it_and_chats(
+    context: BrowserContext, app: App, hub: StandInHub, published_chatglm: Callable[[str], Path]
+) -> None:
+    for file in published_chatglm("int4").iterdir():
+        shutil.copyfile(file, hub.repos["zai-org/chatglm-6b-int4"] / file.name)
+    hub.rate = 400_000
+    page = opened(context, app)
+    page.locator("#shelf li").first.wait_for(state="attached")
+    if (chosen := page.locator("#shelf li.chosen, #shelf li.loaded")).count():  # the test before chose one
+        page.locator("#places button", has_text="Models").click()
+        chosen.get_by_role("button", name="Remove").click()
+        page.get_by_role("button", name="Back to the chat").first.click()
+    card = model_card(page, "ways", "chatglm-6b-int4")
+    expect(card).to_contain_text("Recommended", timeout=PATIENCE)
+    card.get_by_role("button", name="Get").click()
+    licence = page.locator("#ways .gm-card:popover-open")
+    licence.get_by_role("button", name="Download").click()
+    expect(licence).to_be_visible()  # the licence is not accepted yet
+    assert hub.requests == []
+    licence.get_by_role("checkbox").check()
+    licence.get_by_role("button", name="Download").click()
+    expect(card.get_by_role("progressbar")).to_be_visible(timeout=PATIENCE)
+    expect(card).to_contain_text("MB/s", timeout=PATIENCE)
+    card.get_by_role("button", name="Pause").click()
+    expect(card).to_contain_text("Paused", timeout=PATIENCE)
+    page.reload()
+    expect(card).to_contain_text("Paused", timeout=PATIENCE)
+    hub.rate = 0
+    card.get_by_role("button", name="Continue").click()
+    expect(page.locator("#engine .chip")).to_contain_text("chatglm-6b-int4", timeout=120_000)
+    expect(page.locator("#welcome")).to_be_hidden(timeout=PATIENCE)
+    number = page.locator("#max-length input[type=number]")
+    number.fill("256")
+    number.press("Tab")
+    say(page, "你好")
+    expect(page.locator("#thread .bot-row .message").last).not_to_have_text("…", timeout=PATIENCE)
+    wait_until_done(page)
+    expect(page.locator("#status")).to_contain_text("tokens/s", timeout=PATIENCE)
+    assert any(state == "done" for state, _ in app.saved("%"))
+
+
+def test_the_models_area_checks_removes_and_brings_back(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    if not (app.data / "models" / "chatglm-6b-int4").is_dir():
+        pytest.skip("needs the model that the test before fetches")
+    page.locator("#places button", has_text="Models").click()
+    card = model_card(page, "shelf", "chatglm-6b-int4")
+    expect(card.locator(".tag")).to_have_text(re.compile("In use|In memory"), timeout=PATIENCE)
+    card.get_by_role("button", name="Check files").click()
+    expect(card).to_contain_text("every file is as it should be", timeout=PATIENCE)
+    card.get_by_role("button", name="Remove").click()
+    page.locator("#shelf .removed[data-name='chatglm-6b-int4'] button").click()
+    expect(card.locator(".tag")).to_have_text("In use", timeout=PATIENCE)
+    card.get_by_role("button", name="Remove").click()
+    expect(card.get_by_role("button", name="Get")).to_be_visible(timeout=PATIENCE)
+    page.locator("#shelf input[name=folder]").fill("https://example.com/model")
+    page.get_by_role("button", name="Import").click()
+    expect(page.locator("#shelf .own .trouble")).to_contain_text("on this computer", timeout=PATIENCE)
+    page.go_back()
+    expect(page.locator("#welcome")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#models")).to_be_hidden()
 
 
 def test_a_reply_streams_and_stop_keeps_what_came(context: BrowserContext, app: App) -> None:
@@ -504,6 +582,29 @@ def test_the_page_speaks_chinese_and_switches(browser: Browser, app: App) -> Non
     page.reload()
     expect(page.locator("#new")).to_have_text(re.compile("New chat"), timeout=PATIENCE)
     context.close()
+
+
+def test_the_doctor_looks_while_the_page_goes_on_and_its_report_is_copied(
+    context: BrowserContext, app: App
+) -> None:
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=app.address)
+    page = opened(context, app)
+    use_model(page, "echo")
+    page.locator("#places button", has_text="Doctor").click()
+    page.locator("#doctor-look").click()
+    expect(page.locator("#findings .busy")).to_be_visible(timeout=PATIENCE)
+    page.locator("#doctor button", has_text="Back to the chat").click()
+    say(page, "are you still there?")
+    wait_for_text(page, "You said: are you still there?")
+    page.go_back()
+    expect(page.locator("#findings dl")).to_contain_text("PyTorch", timeout=60_000)
+    expect(page.locator("#findings .summary")).to_be_visible()
+    page.locator("#doctor-copy").click()
+    expect(page.locator("#doctor-copy")).to_have_text("Copied", timeout=PATIENCE)
+    report = page.evaluate("navigator.clipboard.readText()")
+    assert report.startswith("glmui ")
+    assert "Python" in report
+    assert str(Path.home()) not in report
 
 
 def test_a_phone_shows_the_chat_without_overlap(phone: BrowserContext, app: App) -> None:

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from glmui.choice import Choice
-from glmui.downloads import Download
-from glmui.errors import FetchError, GlmuiError, ModelError, NotFound
-from glmui.meter import Meter
-from glmui.settings import Settings
-from glmui.types import ChatSettings, Progress
+from glmui.errors import GlmuiError, InvalidInput, ModelError, NotFound
+from glmui.types import ChatSettings
 from glmui.ui.desk import Desk
-from tests.small_world import World, wait_for
+from tests.small_world import World
 
 
 @pytest.fixture
@@ -25,8 +21,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.fixture
 def desk(world: World) -> Desk:
-    choice = Choice(Settings(data_dir=world.folder, model="echo"))
-    return Desk(world.service, choice, Download(world.folder, lambda _: None), Meter())
+    return world.desk()
 
 
 def test_the_first_message_makes_the_conversation(desk: Desk, world: World) -> None:
@@ -126,6 +121,9 @@ def test_a_folder_that_is_no_model_is_refused_and_the_choice_stays(desk: Desk, t
         desk.choose(model=str(tmp_path / "empty"))
     with pytest.raises(NotFound):
         desk.choose(model=str(tmp_path / "nowhere"))
+    for elsewhere in ("https://example.com/model", "\\\\server\\share"):
+        with pytest.raises(InvalidInput, match="on this computer"):
+            desk.choose(model=elsewhere)
     assert desk.choice.settings.model == "echo"
 
 
@@ -133,38 +131,3 @@ def test_idle_minutes_reach_the_engine_and_the_file(desk: Desk, world: World) ->
     desk.choose(idle_minutes=5)
     assert world.engine.idle_seconds == 300
     assert "idle_minutes = 5" in (world.folder / "settings.toml").read_text()
-
-
-def test_a_download_is_told_of_and_ends_in_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[Path] = []
-    download = Download(tmp_path, done.append)
-
-    def fetch(folder: Path, show: object, cancelled: object) -> Path:
-        show(Progress("fetching", 0.5))  # type: ignore[operator]
-        wait_for(lambda: seen)
-        return folder / "starter"
-
-    seen: list[Progress] = []
-    monkeypatch.setattr("glmui.downloads.ensure_starter", fetch)
-    download.start()
-    wait_for(lambda: download.progress == Progress("fetching", 0.5))
-    seen.append(Progress("fetching"))
-    wait_for(lambda: done)
-    assert done == [tmp_path / "starter"]
-    wait_for(lambda: download.progress is None)
-
-
-def test_a_failed_download_says_why_and_can_be_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> Path:
-        raise FetchError("pip_missing")
-
-    monkeypatch.setattr("glmui.downloads.ensure_starter", fail)
-    download = Download(tmp_path, lambda _: None)
-    for _ in range(2):
-        download.start()
-        wait_for(lambda: download.error)
-        assert download.error is not None
-        assert download.error.code == "pip_missing"
-        wait_for(lambda: download.progress is None)

@@ -56,6 +56,7 @@ def wait_until_ready(port: int) -> None:
     pytest.fail("the app did not come up")
 
 
+@pytest.mark.slow
 def test_a_start_and_a_visit(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])

@@ -107,5 +107,9 @@ def test_the_chip_names_model_state_and_reason() -> None:
     chip = present.engine(info, "/models/my <model>", 0, "en")
     assert "my &lt;model&gt; · cpu" in chip
     assert "float32" in chip
+    assert "<p" not in chip
+    assert "avx2" in present.engine(replace(info, kernel="avx2"), "starter", 0, "en")
+    slow = present.engine(replace(info, reason="reasons.kernels_no_compiler"), "starter", 0, "en")
+    assert '<p class="slow">No C compiler was found' in slow, "to be read without pointing at anything"
     assert "asleep" in present.engine(EngineInfo(), "starter", 0, "en")
     assert "No model" in present.engine(EngineInfo(), "", 0, "en")

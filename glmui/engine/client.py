@@ -100,9 +100,10 @@ class EngineClient:
         with self._change:
             if spec == self._spec:
                 return
+            same_base = self._spec is not None and spec.base == self._spec.base
             self._spec, self._asleep = spec, _describe(spec)
             self._deaths.clear()
-            if self._turn.acquire(blocking=False):
+            if not same_base and self._turn.acquire(blocking=False):
                 try:
                     self._end_process()
                 finally:
@@ -135,7 +136,7 @@ class EngineClient:
         yield Chunk(progress=Progress("starting"))
         self._await_stopped()
         process = self._awake()
-        process.send("chat", id=request_id, **wire.chat_values(list(messages), params))
+        process.send("chat", id=request_id, **wire.chat_values(list(messages), params, process.spec.extras))
         try:
             yield from self._follow(process, request_id)
         finally:
@@ -199,7 +200,7 @@ class EngineClient:
 
     def _after_reply(self) -> None:
         with self._change:
-            if self._process and self._process.spec != self._spec:
+            if self._process and not self._holds(self._process):
                 self._end_process()
         self._start_idle_timer()
 
@@ -213,13 +214,18 @@ class EngineClient:
             process = self._process
             if process and process.dead and not process.stopping:
                 self._bury(process)  # it died while nobody looked
-            elif process and not process.dead and not process.stopping and process.spec == self._spec:
+            elif process and not process.dead and not process.stopping and self._holds(process):
+                process.spec = self._spec  # its extras may be others
                 return process
             self._end_process()
             if self._keeps_dying():
                 raise EngineError("engine_keeps_dying", times=MOST_DEATHS, minutes=DEATH_MINUTES)
             self._process = EngineProcess(self._spec)
             return self._process
+
+    def _holds(self, process: EngineProcess) -> bool:
+        """Whether the process has the chosen model; the extras go with each request."""
+        return self._spec is not None and process.spec.base == self._spec.base
 
     def _keeps_dying(self) -> bool:
         deaths = tuple(self._deaths)

@@ -39,8 +39,11 @@ class Wire:
         self._connection.close()
 
 
-def chat_values(messages: list[Message], params: GenerationParams) -> dict[str, Any]:
-    return {"messages": [asdict(m) for m in messages], "params": asdict(params)}
+def chat_values(
+    messages: list[Message], params: GenerationParams, extras: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
+    """extras: an EngineSpec's."""
+    return {"messages": [asdict(m) for m in messages], "params": asdict(params), "extras": extras}
 
 
 def chat_from(values: dict[str, Any]) -> tuple[list[Message], GenerationParams]:

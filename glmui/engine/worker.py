@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 from glmui.engine.families import open_family
 from glmui.engine.request import Cancellations
 from glmui.engine.wire import Wire, chat_from
-from glmui.errors import EngineError, GlmuiError, to_values
-from glmui.types import ChatEngine, Chunk, EngineSpec, Progress
+from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
+from glmui.types import ChatEngine, Chunk, EngineSpec, Progress, TakesExtras
 
 SIGN_SECONDS = 1.0
 
@@ -68,6 +68,7 @@ def _answer(engine: ChatEngine, post: _Post, request: dict[str, Any]) -> bool:
         post.send("chunk", id=request_id, chunk=asdict(Chunk(finish_reason="cancelled")))
         return True
     try:
+        _use_extras(engine, *request["extras"])
         for chunk in engine.stream_chat(*chat_from(request), request_id):
             post.send("chunk", id=request_id, chunk=asdict(chunk))
     except BaseException as error:
@@ -76,6 +77,14 @@ def _answer(engine: ChatEngine, post: _Post, request: dict[str, Any]) -> bool:
         post.send("error", id=request_id, error=to_values(told), ending=not going_on, trace=trace_of(error))
         return going_on
     return True
+
+
+def _use_extras(engine: ChatEngine, prefix: str, adapter: str) -> None:
+    """See types.TakesExtras. They come with each request, so that other ones need no other process."""
+    if isinstance(engine, TakesExtras):
+        engine.use_extras(prefix, adapter)
+    elif prefix or adapter:
+        raise InvalidInput("extras_only_chatglm")
 
 
 def trace_of(error: BaseException) -> str:

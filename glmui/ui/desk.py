@@ -14,7 +14,10 @@ from typing import Any
 from glmui import i18n
 from glmui.chat import ChatService
 from glmui.choice import Choice
-from glmui.downloads import Download
+from glmui.doctor.examine import examine
+from glmui.doctor.finding import Finding
+from glmui.doctor.world import read_settings, this_machine
+from glmui.downloads import refuse_elsewhere
 from glmui.engine.device import count_physical_cores
 from glmui.errors import NotFound
 from glmui.hub import installed
@@ -22,6 +25,7 @@ from glmui.jobs import Job
 from glmui.meter import Meter
 from glmui.store import StoredMessage
 from glmui.types import ChatSettings
+from glmui.ui.shelf import Shelf
 
 PAGE_OF_MESSAGES = 60  # shown at first; "earlier messages" adds as many again
 UPDATE_SECONDS = 0.1
@@ -70,7 +74,7 @@ class Desk:
 
     service: ChatService
     choice: Choice
-    download: Download
+    shelf: Shelf
     meter: Meter
     _followers: dict[str, _Follower] = field(default_factory=dict)
 
@@ -174,12 +178,19 @@ class Desk:
         words = i18n.table(language)
         return [(labels.get(name) or words.get(f"settings.device_{name}", name), name) for name in names]
 
+    def examine(self) -> list[Finding]:
+        """What the doctor finds now. Takes some seconds."""
+        settings = self.choice.settings
+        _, error = read_settings({"data_dir": settings.data_dir})
+        return examine(this_machine(settings, error, encoding=""))
+
     @property
     def cores(self) -> int:
         return count_physical_cores()
 
     def choose(self, **changes: Any) -> None:
         """Check, keep and save what the page changed; the engine takes it up with the next message."""
+        refuse_elsewhere(changes.get("model") or "")
         settings = self.choice.change(**changes)
         if "idle_minutes" in changes:
             self.service.engine.set_idle_seconds(settings.idle_minutes * 60)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import wraps
+from hashlib import md5
 from typing import Any
 
 import gradio as gr
 
+from glmui.doctor.report import report
 from glmui.errors import GlmuiError, InvalidInput
 from glmui.types import ChatSettings
-from glmui.ui import present, settings_area
+from glmui.ui import present, present_doctor, present_models, settings_area
 from glmui.ui.desk import PAGE_OF_MESSAGES, Desk, View
 from glmui.ui.words import Words
 
@@ -59,7 +61,11 @@ class Events:
     def _engine_settings(self) -> tuple[Updates, ...]:
         chosen = self.desk.choice.settings
         model = gr.update(choices=self.desk.models(self.language), value=chosen.model or None)
-        return model, chosen.device, chosen.threads, chosen.quantize, chosen.idle_minutes
+        chatglm = gr.update(value=chosen.chatglm_family or None, visible=self.desk.choice.in_doubt())
+        return (
+            model, chatglm, chosen.device, chosen.threads, chosen.quantize, chosen.idle_minutes,
+            chosen.prefix, chosen.adapter,
+        )  # fmt: skip
 
     @told
     def new(self) -> Updates:
@@ -179,32 +185,53 @@ class Events:
             return self.words("settings.nothing_loaded")
         return self.words("settings.freed", before=present.size(before), after=present.size(after))
 
-    @told
-    def get_starter(self) -> None:
-        self.desk.download.start()
+    # Models
 
-    def cancel_download(self) -> None:
-        self.desk.download.cancel()
+    @told
+    def act(self, event: gr.EventData) -> None:
+        self.desk.shelf.act(event.act, event.name, event.values)
+
+    @told
+    def act_and_choose(self, event: gr.EventData) -> None:
+        """The welcome's buttons: the model that comes is to be used."""
+        self.desk.shelf.act(event.act, event.name, event.values, choose=True)
+
+    # The doctor
+
+    def examine(self) -> Iterator[Updates]:
+        """The look button, the copy button, what was found, and the report."""
+        busy = present.line("busy", self.words("doctor.looking"), spoken=True)
+        yield gr.update(interactive=False), gr.update(visible=False), busy, ""
+        found = self.desk.examine()
+        yield (
+            gr.update(interactive=True),
+            gr.update(visible=True, value=self.words("doctor.copy")),
+            present_doctor.findings(found, self.language),
+            report(found, self.language),
+        )
 
     # The pulse of the page
 
-    def tick(self, tab: str, current: str, showing: str, seen: str, pulse: int, query: str) -> Updates:
+    def tick(
+        self, tab: str, current: str, showing: str, seen: str, pulse: int, query: str, shelf: str
+    ) -> Updates:
         service, chosen = self.desk.service, self.desk.choice.settings
         info = service.engine.info()
         return (
-            present.meter(self.desk.meter.read(info.pid), self.language),
+            present.meter(self.desk.meter.read(info.pid), self.language) + self._aside(),
             present.engine(info, chosen.model, service.running(), self.language),
             pulse + 1 if self.desk.needs_follower(tab, current, showing) else gr.skip(),
             *self._news(current, seen, query),
-            *self._download(),
+            *self._shelf(shelf),
         )
 
     def _news(self, current: str, seen: str, query: str) -> tuple[Updates, ...]:
         """The list and the settings, where they have changed; a database that refuses, in the banner."""
         service, chosen = self.desk.service, self.desk.choice.settings
-        news = f"{service.changes}|{current}|{query}|{chosen!r}|{time.strftime('%j')}"
+        models = self.desk.shelf.names()
+        news = f"{service.changes}|{current}|{query}|{chosen!r}|{models}|{time.strftime('%j')}"
         if news == seen:
-            return (gr.skip(),) * 10
+            return (gr.skip(),) * 12
         try:
             rows = present.conversations(service.store.conversations(query), current, query, self.language)
         except GlmuiError as error:
@@ -229,17 +256,14 @@ class Events:
             return error.message(self.language)
         return ""
 
-    def _download(self) -> tuple[Updates, ...]:
-        download = self.desk.download
-        words = ""
-        if download.progress:
-            words = present.line(
-                "busy", present.stage(download.progress, 0, self.language), download.progress.fraction
-            )
-        elif download.error:
-            words = present.line("error", download.error.message(self.language))
-        return (
-            gr.update(interactive=not download.progress),
-            gr.update(visible=bool(download.progress)),
-            words,
-        )
+    def _aside(self) -> str:
+        downloads = self.desk.shelf.downloads
+        return present_models.aside(downloads.running, downloads.paused, self.language)
+
+    def _shelf(self, seen: str) -> tuple[Updates, ...]:
+        """The Models area and the welcome, where either has changed."""
+        look = self.desk.shelf.look()
+        models = present_models.models(look, self.language)
+        welcome = present_models.welcome(look, self.language)
+        news = md5((models + welcome).encode(), usedforsecurity=False).hexdigest()
+        return (gr.skip(),) * 3 if news == seen else (models, welcome, news)

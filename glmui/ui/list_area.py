@@ -37,6 +37,12 @@ def build(words: Words, assets: Path) -> ListArea:
         elem_id="conversations",
     )
     deleted = gr.Textbox(visible="hidden", elem_id="deleted")
+    gr.HTML(
+        f'<button type="button" data-glmui="view:models">{words("shelf.open")}</button>'
+        f'<button type="button" data-glmui="view:doctor">{words("doctor.title")}</button>',
+        elem_id="places",
+        apply_default_css=False,
+    )
     meter = gr.HTML(elem_id="meter")
     return ListArea(new, search, rows, undo, deleted, meter)
 

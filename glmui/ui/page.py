@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from glmui.ui import chat_area, list_area, settings_area, welcome_area
+from glmui.ui import chat_area, doctor_area, list_area, models_area, settings_area, welcome_area
 from glmui.ui.desk import PAGE_OF_MESSAGES, Desk
 from glmui.ui.events import Events
 from glmui.ui.words import Words
@@ -44,7 +44,9 @@ class _Wiring:
             self.settings = settings_area.build(words, desk.devices(words.language), desk.cores)
         with gr.Column(elem_id="middle"):
             self.chat = chat_area.build(words)
-            self.welcome = welcome_area.build(words)
+            self.welcome = welcome_area.build(words, assets)
+            self.models = models_area.build(words, assets)
+            self.doctor = doctor_area.build(words)
         # What opening a conversation sets:
         self.here = [self.current, self.shown, *self.settings.of_conversation]
 
@@ -54,6 +56,8 @@ class _Wiring:
         self._conversations()
         self._conversation_settings()
         self._model()
+        self._shelf()
+        self._examining()
         self._ticking()
 
     def _then_follow(self, event: Any) -> None:
@@ -132,33 +136,47 @@ class _Wiring:
         )
 
     def _model(self) -> None:
-        do, ours, welcome = self.do, self.settings, self.welcome
+        do, ours = self.do, self.settings
         changes = [
             ("model", ours.model, ours.model.input),
+            ("chatglm_family", ours.chatglm, ours.chatglm.input),
             ("device", ours.device, ours.device.input),
             ("quantize", ours.quantize, ours.quantize.input),
+            ("prefix", ours.prefix, ours.prefix.blur),
+            ("adapter", ours.adapter, ours.adapter.blur),
+            ("prefix", ours.prefix, ours.prefix.submit),
+            ("adapter", ours.adapter, ours.adapter.submit),
             ("threads", ours.threads, ours.threads.blur),
             ("idle_minutes", ours.idle, ours.idle.blur),
         ]
         for name, control, changed in changes:
             changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
-        for area in (ours, welcome):
-            asked = [area.use_folder.click, area.folder.submit]
-            gr.on(asked, do.use_folder, area.folder, [area.folder, ours.model], **ACT)
+        asked = [ours.use_folder.click, ours.folder.submit]
+        gr.on(asked, do.use_folder, ours.folder, [ours.folder, ours.model], **ACT)
         ours.unload.click(do.unload, None, ours.freed, **ACT)
-        welcome.get_starter.click(do.get_starter, None, None, **ACT)
-        welcome.cancel.click(do.cancel_download, None, None, **QUICK)
+
+    def _shelf(self) -> None:
+        for area, act in ((self.models.shelf, self.do.act), (self.welcome.ways, self.do.act_and_choose)):
+            area.select(act, None, None, **ACT).success(**self._tick())
+
+    def _examining(self) -> None:
+        area = self.doctor
+        shown = [area.look, area.copy, area.findings, area.report]
+        area.look.click(self.do.examine, None, shown, **{**ACT, "concurrency_limit": 1})  # it is heavy work
 
     def _tick(self) -> dict[str, Any]:
-        side, chat, welcome, ours = self.list, self.chat, self.welcome, self.settings
+        side, chat, ours, models = self.list, self.chat, self.settings, self.models
         return {
             "fn": self.do.tick,
-            "inputs": [self.tab, self.current, self.showing, self.seen, self.pulse, side.search],
+            "inputs": [
+                self.tab, self.current, self.showing, self.seen, self.pulse, side.search, models.seen,
+            ],
             "outputs": [
                 side.meter, chat.chip, self.pulse,
-                side.rows, self.seen, chat.banner, chat.thread, welcome.panel,
-                ours.model, ours.device, ours.threads, ours.quantize, ours.idle,
-                welcome.get_starter, welcome.cancel, welcome.progress,
+                side.rows, self.seen, chat.banner, chat.thread, self.welcome.panel,
+                ours.model, ours.chatglm, ours.device, ours.threads, ours.quantize, ours.idle,
+                ours.prefix, ours.adapter,
+                models.shelf, self.welcome.ways, models.seen,
             ],
             **QUICK,
         }  # fmt: skip

@@ -166,15 +166,18 @@ def _midnight(moment: time.struct_time) -> float:
 
 
 def engine(info: EngineInfo, chosen: str, running: int, language: str) -> str:
-    """The chip at the top: which model, and whether it is awake."""
+    """The chip at the top: which model, and whether it is awake; below it, why it is slower than need be."""
     say = partial(i18n.text, language)
     state = "busy" if running and info.state == "ready" else info.state
     where = " · ".join(filter(None, [model_name(chosen), info.device]))
     why = say(info.reason, device=info.device, dtype=info.dtype) if info.reason else ""
+    slow = f'<p class="slow">{html.escape(why)}</p>' if info.reason.startswith("reasons.kernels_") else ""
+    if info.kernel:
+        why += " " + say("reasons.kernels", kernel=info.kernel)
     return (
         f'<div class="chip {state}" title="{html.escape(why)}"><b></b>'
         f"<span>{html.escape(where or say('engine.none'))}</span>"
-        f"<em>{html.escape(say(f'engine.{state}') if chosen else '')}</em></div>"
+        f"<em>{html.escape(say(f'engine.{state}') if chosen else '')}</em></div>{slow}"
     )
 
 

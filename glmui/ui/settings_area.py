@@ -13,7 +13,7 @@ from glmui.ui.words import Words
 
 # slider: (name, lowest, highest, step); the page's reach may be narrower than BOUNDS
 SLIDERS = (
-    ("max_length", 256, 8192, 64),
+    ("max_length", 256, 32768, 64),
     ("temperature", *BOUNDS["temperature"], 0.05),
     ("top_p", 0.05, BOUNDS["top_p"][1], 0.05),
     ("top_k", 0, 200, 1),
@@ -28,6 +28,9 @@ class SettingsArea:
     model: gr.Dropdown
     folder: gr.Textbox
     use_folder: gr.Button
+    chatglm: gr.Dropdown
+    prefix: gr.Textbox
+    adapter: gr.Textbox
     device: gr.Dropdown
     threads: gr.Number
     quantize: gr.Dropdown
@@ -78,10 +81,31 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             choices=[],
             allow_custom_value=True,
         )
+        gr.HTML(
+            f'<button type="button" data-glmui="view:models">{words("shelf.manage")}</button>',
+            elem_id="manage",
+            apply_default_css=False,
+        )
         folder = gr.Textbox(
             label=words("settings.folder"), info=words("settings.folder_info"), max_lines=1, elem_id="folder"
         )
         use_folder = gr.Button(words("settings.use_folder"), size="sm", elem_id="use-folder")
+        chatglm = gr.Dropdown(
+            label=words("settings.chatglm_family"),
+            info=words("settings.chatglm_family_info"),
+            choices=[("ChatGLM2-6B", "chatglm2"), ("ChatGLM3-6B", "chatglm3")],
+            visible=False,
+            elem_id="chatglm-family",
+        )
+        prefix, adapter = (
+            gr.Textbox(
+                label=words(f"settings.{name}"),
+                info=words(f"settings.{name}_info"),
+                max_lines=1,
+                elem_id=name,
+            )
+            for name in ("prefix", "adapter")
+        )
         device = gr.Dropdown(
             label=words("settings.device"), info=words("settings.device_info"), choices=list(devices)
         )
@@ -157,6 +181,6 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
         elem_id="looks",
     )
     return SettingsArea(
-        model, folder, use_folder, device, threads, quantize, idle, unload, freed,
+        model, folder, use_folder, chatglm, prefix, adapter, device, threads, quantize, idle, unload, freed,
         sliders, history, rounds, tokens, system, reset,
     )  # fmt: skip
