@@ -15,11 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from glmui import ChatGLM, quantize, register_auto_classes
-from glmui.engine.chatglm import device_map, layers_on_card
+from glmui.engine.chatglm import device_map
 from glmui.engine.families import open_family
 from glmui.engine.subjects import subject_of
 from glmui.errors import InvalidInput
-from glmui.glm.config import GLM2Config
 from glmui.quant import QuantizedLinear
 from glmui.text import open_counter
 from glmui.types import EngineSpec, GenerationParams, Message
@@ -311,6 +310,3 @@ def test_what_the_bench_measures(tiny_chatglm2: Folder) -> None:
 def test_where_the_parts_go(tiny_chatglm2: Folder) -> None:
     engine = open_family(spec(tiny_chatglm2("chatglm2", "fp16")), lambda progress: None)
     assert len(device_map(engine.speaker.decoder.model)) == 3 + 3  # type: ignore[attr-defined]
-    full = GLM2Config("chatglm3", 65024, 4096, 13696, 128, 28, 32, 2, seq_length=8192)
-    assert layers_on_card(full, 4, 6 * 2**30) == 28
-    assert layers_on_card(full, 0, 6 * 2**30) == 10

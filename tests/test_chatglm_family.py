@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmui.engine.chatglm import device_map, layers_on_card, placement
+from glmui.engine.chatglm import device_map, placement
 from glmui.engine.decoders import ChatGLMDecoder
 from glmui.engine.families import open_family
 from glmui.engine.loaded import LoadedEngine
+from glmui.engine.plan import Plan
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import load_model
 from glmui.glm.config import GLMConfig
@@ -203,11 +204,32 @@ def test_wrong_vocabulary_is_one_clear_sentence(tiny_chatglm: Folder, tmp_path: 
 FULL = GLMConfig(130528, 4096, 16384, 28, 32)
 
 
-def test_layers_on_a_card() -> None:
-    assert layers_on_card(FULL, 4, 0) == 0
-    assert layers_on_card(FULL, 4, 4_000_000_000) == 17
-    assert layers_on_card(FULL, 4, 6 * 2**30) == 28
-    assert layers_on_card(FULL, 0, 6 * 2**30) == 10
+@pytest.mark.parametrize(
+    ("wish", "free", "device"),
+    [
+        ("auto", (6 * 2**30,), "cuda:0"),
+        ("auto", (4 * 2**30,), "mixed"),
+        ("auto", (4 * 2**30, 4 * 2**30), "mixed"),
+        ("auto", (2**30,), "cpu"),
+        ("auto", (), "cpu"),
+        ("mixed", (6 * 2**30,), "cuda:0"),
+        ("cuda", (2**30,), "cuda:0"),
+    ],
+)
+def test_the_plan_is_followed(
+    wish: str, free: tuple[int, ...], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmui.engine.chatglm.devices.free_on_cards", lambda: free)
+    there = [f"cuda:{n}" for n in range(len(free))]
+    monkeypatch.setattr("glmui.engine.chatglm.devices.available_devices", lambda: [*there, "cpu"])
+    where = placement(wish, FULL, bits=4)
+    assert where.device == device
+    first, _ = where.place("transformer.layers.0.mlp.dense_h_to_4h.weight")
+    last, dtype = where.place("transformer.layers.27.mlp.dense_h_to_4h.weight")
+    assert str(first) == ("cpu" if device == "cpu" else "cuda:0")
+    spread = {(4 * 2**30,): "cpu", (4 * 2**30, 4 * 2**30): "cuda:1"}
+    assert str(last) == (spread[free] if device == "mixed" else str(first))
+    assert dtype == (torch.float32 if str(last) == "cpu" else torch.float16)
 
 
 def test_a_missing_card_is_said() -> None:
@@ -221,9 +243,9 @@ def test_a_missing_card_is_said() -> None:
 
 def test_mixed_puts_the_last_layers_on_the_cpu(tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a card: the "card" is the CPU in bfloat16, so that the seam between dtypes is real."""
-    monkeypatch.setattr("glmui.engine.chatglm.devices.resolve_device", lambda wish: "cpu")
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda card: (10**12, 10**12))
-    monkeypatch.setattr("glmui.engine.chatglm.layers_on_card", lambda config, bits, free: 3)
+    layers = ("cpu:0", "cpu:0", "cpu:0", "cpu")
+    found = Plan(layers, "cpu:0", {}, {}, "spread")
+    monkeypatch.setattr("glmui.engine.chatglm.plan", lambda size, machine, wish: found)
     where = placement("mixed", FULL, torch.bfloat16)
     model = load_model(tiny_chatglm("int4"), where.place)
     dtypes = [block.attention.dense.bias.dtype for block in model.transformer.layers]

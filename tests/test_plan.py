@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glmui.cli import main
-from glmui.engine.plan import CPU, CUDA_CONTEXT, GIB, Machine, ModelSize, Wish, context_that_fits, plan
+from glmui.engine.plan import CPU, CUDA_CONTEXT, GIB, PIECE, Machine, ModelSize, Wish, context_that_fits, plan
 from glmui.engine.published import SHAPES
 from glmui.errors import InvalidInput
 
@@ -57,13 +57,10 @@ def test_no_plan_takes_more_than_there_is_unless_it_says_so(name: str) -> None:
         assert more.layers_on_card >= found.layers_on_card
 
 
-def test_a_prompt_is_read_in_smaller_pieces_where_that_gets_everything_on_the_card() -> None:
-    wish = Wish(context=2048)
-    least = next(
-        mb for mb in range(4000, 8000, 10) if plan(INT4, machine(mb / 1024), wish).reason == "one_card"
-    )
-    assert plan(INT4, machine(least / 1024), wish).piece == 64
-    assert plan(INT4, machine(least / 1024 + 1), wish).piece == 256
+def test_the_piece_is_the_models() -> None:
+    from glmui.glm import parts
+
+    assert PIECE == parts.PIECE
 
 
 def test_what_is_asked_for_is_done_and_what_is_short_is_said() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from glmui.engine import device as devices
@@ -14,6 +15,7 @@ from glmui.engine.decoders import decoder_of
 from glmui.engine.extras import ChatGLMEngine, Extras
 from glmui.engine.generate import Speaker
 from glmui.engine.loaded import LoadedEngine, told
+from glmui.engine.plan import CPU, Machine, ModelSize, Plan, Wish, plan
 from glmui.engine.prepare import open_prepared
 from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
 from glmui.glm.config import AnyConfig, read_config
@@ -23,8 +25,7 @@ from glmui.types import EngineInfo, EngineSpec, Message, Progress
 
 BITS = {"none": 0, "int8": 8, "int4": 4}
 
-# Bytes of a card that "mixed" leaves free: KV cache, activations, and what torch itself takes.
-_CARD_RESERVE = 1_200_000_000
+_CONTEXT = 2048  # tokens that a plan keeps room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,34 +41,32 @@ class Placement:
 def placement(wish: str, config: AnyConfig, dtype: torch.dtype | None = None, bits: int = 0) -> Placement:
     """Decide device and dtype. bits: what the weights will have in memory, 0 for float16.
 
+    "auto" and "mixed" follow the plan for the cards that are here and what is free on them now.
     Without a dtype: float32 on a CPU, where it is exact, and float16 on a card, as published.
     Raises InvalidInput("device_missing").
     """
-    if wish == "mixed":
-        card = torch.device(devices.resolve_device("cuda"))
-        free, _ = torch.cuda.mem_get_info(card)
-        place = _mixed(card, layers_on_card(config, bits, free), dtype or torch.float16)
-        return Placement(place, "mixed", dtype or torch.float16, "reasons.chatglm_mixed")
+    cards = devices.free_on_cards()
+    if wish == "mixed" or (wish == "auto" and cards):
+        context = min(_CONTEXT, config.context_length)
+        machine = Machine(cards, psutil.virtual_memory().available)
+        found = plan(ModelSize.of(config, bits), machine, Wish(wish, context))
+        if len({*found.layers}) > 1:
+            place = _spread(found, dtype or torch.float16)
+            return Placement(place, "mixed", dtype or torch.float16, "reasons.chatglm_mixed")
+        wish = found.table
     device = devices.resolve_device(wish)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     reason = "reasons.chatglm_cpu" if device == "cpu" else "reasons.card_float16"
     return Placement(everything_on(device, dtype), device, dtype, reason)
 
 
-def layers_on_card(config: AnyConfig, bits: int, free: int) -> int:
-    """How many blocks fit on a card with `free` bytes, beside the embedding, the head and the reserve."""
-    block = config.block_weights * (bits or 16) // 8
-    return max(0, min(config.num_layers, (free - _CARD_RESERVE - config.table_weights * 2) // block))
-
-
-def _mixed(card: torch.device, layers: int, dtype: torch.dtype) -> Place:
-    """The first blocks, the embedding, the last norm and the output head on the card, the others on the CPU
-    in float32."""
-    on_cpu = (torch.device("cpu"), torch.float32)
+def _spread(found: Plan, dtype: torch.dtype) -> Place:
+    """Each layer where the plan has it, all else with the first; in float32 what is on the CPU."""
 
     def place(name: str) -> tuple[torch.device, torch.dtype]:
         _, _, rest = name.partition(".layers.")
-        return on_cpu if rest and int(rest.partition(".")[0]) >= layers else (card, dtype)
+        device = found.layers[int(rest.partition(".")[0])] if rest else found.table
+        return torch.device(device), torch.float32 if device == CPU else dtype
 
     return place
 

@@ -54,6 +54,14 @@ def available_devices() -> list[str]:
     return [*devices, "cpu"]
 
 
+def free_on_cards() -> tuple[int, ...]:
+    """Free bytes of each card that torch can use, () without one."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(torch.cuda.mem_get_info(card)[0] for card in range(count))
+
+
 def resolve_device(wish: str, available: list[str] | None = None) -> str:
     """The torch device for "auto", "cpu", "cuda", "cuda:N" or "mps".
 

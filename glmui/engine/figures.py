@@ -17,7 +17,7 @@ from glmui.types import EngineInfo
 
 PROMPTS = (32, 128, 512)
 CONTEXTS = (128, 1024)
-LONG_CONTEXT = 8192  # decoded from, too, by models that were trained on so much
+LONG_CONTEXT = 8192  # decoded up to, by models that were trained on so much
 BATCHES = (1, 2, 4, 8)
 FULL_CONTEXT = 2048  # or the model's own, where that is less
 MOST_STEPS = 32  # tokens decoded in one run, at most
@@ -114,7 +114,7 @@ class Figures:
         return self._prefill_rate
 
     def _decode(self, context: int) -> float:
-        rows = self._at(context, 1)
+        rows = self._at(context - MOST_STEPS if context == LONG_CONTEXT else context, 1)
         if context != CONTEXTS[0] or self._info.device != "cpu":
             return decode_rate(rows)
         self._tell("bytes", weights=self._subject.weight_bytes, cache=rows.cache_bytes())

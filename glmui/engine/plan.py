@@ -20,8 +20,8 @@ GIB = 2**30
 CUDA_CONTEXT = 400_000_000
 # What Python, torch and the tokenizer take of RAM before any weight.
 PROCESS = 500_000_000
-# Tokens of a long prompt that are worked on at a time: fewer take less memory, and read weights more often.
-PIECES = (256, 64)
+# Tokens of a long prompt that are worked on at a time: glm.parts.PIECE, which this module must not import.
+PIECE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ class ModelSize:
         """Embedding and output head, which stay in float16 everywhere, with the last norm."""
         return self.table_weights * self.table_bits // 8 + 8 * self.width
 
-    def scratch_bytes(self, device: str, context: int, piece: int) -> int:
+    def scratch_bytes(self, device: str, context: int) -> int:
         """The most that reading a prompt of `context` tokens takes beside weights and cache."""
         float_size = float_bytes(device)
         whole = 4 * context * self.width  # hidden states before and after a layer, queries
-        in_piece = piece * (8 * self.width + 2 * self.inner) + 2 * piece * context * self.heads
+        in_piece = PIECE * (8 * self.width + 2 * self.inner + 2 * context * self.heads)
         return (whole + in_piece) * float_size + 3 * self.vocab * 4
 
 
@@ -127,14 +127,12 @@ class Plan:
     """layers: the device of each. table: the device of embedding, last norm and output head.
 
     on: bytes by device, all counted (on a card as torch's allocator counts: without CUDA_CONTEXT).
-    piece: tokens of a prompt that are worked on at a time. short: bytes that are missing, by device;
-    empty where the plan fits. reason: a key of the locales' "plan".
+    short: bytes that are missing, by device; empty where the plan fits. reason: a key of the locales' "plan".
     """
 
     layers: tuple[str, ...]
     table: str
     on: dict[str, int]
-    piece: int
     short: dict[str, int]
     reason: str
 
@@ -158,22 +156,15 @@ def plan(size: ModelSize, machine: Machine, wish: Wish) -> Plan:
     """
     names = _cards(machine, wish)
     if not names:
-        return _settled(size, machine, wish, [], PIECES[0], "cpu_asked" if machine.cards else "no_card")
+        return _settled(size, machine, wish, [], "cpu_asked" if machine.cards else "no_card")
     if wish.device.startswith("cuda"):
-        counts = {names[0]: size.layers}
-        return _smallest_piece(size, machine, wish, counts)
+        return _settled(size, machine, wish, names * size.layers, "card_asked")
     rooms = {name: machine.cards[_number(name)] - CUDA_CONTEXT - wish.reserve for name in names}
-    for piece in PIECES:
-        counts = _fill(size, wish.context, piece, rooms, size.layers)
-        if sum(counts.values()) == size.layers:
-            break
-    else:
-        piece = PIECES[0]
-        counts = _fill(size, wish.context, piece, rooms, size.layers)
+    counts = _fill(size, wish.context, rooms)
     if wish.layers_on_card is not None:
-        counts = _cut(counts, wish.layers_on_card, names[0], size.layers)
+        counts = _cut(counts, min(wish.layers_on_card, size.layers), names[0])
     devices = [name for name, count in counts.items() for _ in range(count)]
-    return _settled(size, machine, wish, devices, piece, _why(devices, size.layers))
+    return _settled(size, machine, wish, devices, _why(devices, size.layers))
 
 
 def _cards(machine: Machine, wish: Wish) -> list[str]:
@@ -192,12 +183,12 @@ def _number(card: str) -> int:
     return int(card.partition(":")[2])
 
 
-def _fill(size: ModelSize, context: int, piece: int, rooms: dict[str, int], layers: int) -> dict[str, int]:
+def _fill(size: ModelSize, context: int, rooms: dict[str, int]) -> dict[str, int]:
     """How many layers each card takes, the first one the table too. One without room is left out."""
     counts: dict[str, int] = {}
-    table = size.table_bytes()
+    table, layers = size.table_bytes(), size.layers
     for name, room in rooms.items():
-        left = room - size.scratch_bytes(name, context, piece) - table
+        left = room - size.scratch_bytes(name, context) - table
         count = min(layers, max(0, left // size.layer_bytes(name, context)))
         if count:
             counts[name] = count
@@ -206,22 +197,14 @@ def _fill(size: ModelSize, context: int, piece: int, rooms: dict[str, int], laye
     return counts
 
 
-def _cut(counts: dict[str, int], wanted: int, first: str, layers: int) -> dict[str, int]:
+def _cut(counts: dict[str, int], wanted: int, first: str) -> dict[str, int]:
     """Exactly `wanted` layers on cards: where there is room first, and what has none on the first card."""
-    wanted = min(wanted, layers)
     cut: dict[str, int] = {}
     for name, count in counts.items():
         cut[name] = min(count, wanted - sum(cut.values()))
     if missing := wanted - sum(cut.values()):
         cut[first] = cut.get(first, 0) + missing
     return {name: count for name, count in cut.items() if count}
-
-
-def _smallest_piece(size: ModelSize, machine: Machine, wish: Wish, counts: dict[str, int]) -> Plan:
-    """Everything on the card that was asked for, with the first piece that fits, or else the smallest."""
-    (card, count), *_ = counts.items()
-    found = [_settled(size, machine, wish, [card] * count, piece, "card_asked") for piece in PIECES]
-    return next((one for one in found if not one.short), found[-1])
 
 
 def _why(devices: Sequence[str], layers: int) -> str:
@@ -232,9 +215,7 @@ def _why(devices: Sequence[str], layers: int) -> str:
     return "one_card" if len(set(devices)) == 1 else "several_cards"
 
 
-def _settled(
-    size: ModelSize, machine: Machine, wish: Wish, on_cards: list[str], piece: int, reason: str
-) -> Plan:
+def _settled(size: ModelSize, machine: Machine, wish: Wish, on_cards: list[str], reason: str) -> Plan:
     """The plan with its bytes. on_cards: the card of each of the first layers; the others are on the CPU."""
     layers = [*on_cards, *[CPU] * (size.layers - len(on_cards))]
     on = {CPU: PROCESS, **dict.fromkeys(on_cards, 0)}
@@ -243,12 +224,12 @@ def _settled(
     table = layers[0]
     on[table] += size.table_bytes()
     for device in set(layers):
-        on[device] += size.scratch_bytes(device, wish.context, piece)
+        on[device] += size.scratch_bytes(device, wish.context)
     free = {CPU: machine.ram}
     for name in set(on_cards):
         free[name] = machine.cards[_number(name)] - CUDA_CONTEXT - wish.reserve
     short = {device: need - free[device] for device, need in on.items() if need > free[device]}
-    return Plan(tuple(layers), table, on, piece, short, reason)
+    return Plan(tuple(layers), table, on, short, reason)
 
 
 def context_that_fits(size: ModelSize, machine: Machine, wish: Wish) -> int:

@@ -97,7 +97,6 @@ def as_json(made: Plan, size: ModelSize, context: int) -> dict[str, Any]:
             for n, device in enumerate(made.layers)
         ],
         "embedding_and_head": {"device": made.table, "mb": round(size.table_bytes() / 1e6, 1)},
-        "prefill_piece": made.piece,
         "short_gb": {device: round(n / 1e9, 3) for device, n in made.short.items()},
         "reason": made.reason,
     }
