@@ -37,6 +37,9 @@ def told(method: Callable[..., Updates]) -> Callable[..., Updates]:
     return wrapper
 
 
+ENGINE_SETTINGS = 8  # what _engine_settings updates
+
+
 class Events:
     def __init__(self, desk: Desk, words: Words) -> None:
         self.desk = desk
@@ -231,7 +234,7 @@ class Events:
         models = self.desk.shelf.names()
         news = f"{service.changes}|{current}|{query}|{chosen!r}|{models}|{time.strftime('%j')}"
         if news == seen:
-            return (gr.skip(),) * 12
+            return (gr.skip(),) * (5 + ENGINE_SETTINGS)
         try:
             rows = present.conversations(service.store.conversations(query), current, query, self.language)
         except GlmuiError as error:
