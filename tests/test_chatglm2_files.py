@@ -69,12 +69,15 @@ def test_a_doubtful_folder_can_be_chosen_and_then_explained(tiny_chatglm2: Folde
     write(folder, {"quantization_bit": 4})
     assert family_of(folder) == "chatglm"
     choice = Choice(Settings(data_dir=tmp_path))
+    assert not choice.in_doubt()
     choice.change(model=str(folder))
+    assert choice.in_doubt()
     with pytest.raises(ModelError) as caught:
         choice.check()
     assert caught.value.code == "model_family_in_doubt"
     choice.change(chatglm_family="chatglm3")
     choice.check()
+    assert choice.in_doubt(), "the question stays, for another answer"
     counts = [open_counter(folder, family)([Message("user", "hi")]) for family in ("chatglm2", "chatglm3")]
     assert counts[0] > counts[1]  # its prompt has words of its own
 

@@ -97,15 +97,6 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             visible=False,
             elem_id="chatglm-family",
         )
-        prefix, adapter = (
-            gr.Textbox(
-                label=words(f"settings.{name}"),
-                info=words(f"settings.{name}_info"),
-                max_lines=1,
-                elem_id=name,
-            )
-            for name in ("prefix", "adapter")
-        )
         device = gr.Dropdown(
             label=words("settings.device"), info=words("settings.device_info"), choices=list(devices)
         )
@@ -124,6 +115,16 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
         idle = gr.Number(label=words("settings.idle"), info=words("settings.idle_info"), minimum=0)
         unload = gr.Button(words("settings.unload"), size="sm", elem_id="unload")
         freed = gr.Markdown(elem_id="freed")
+    with gr.Accordion(words("settings.extras_section"), open=False):
+        prefix, adapter = (
+            gr.Textbox(
+                label=words(f"settings.{name}"),
+                info=words(f"settings.{name}_info"),
+                max_lines=1,
+                elem_id=name,
+            )
+            for name in ("prefix", "adapter")
+        )
     with gr.Accordion(words("settings.reply_section"), open=True):
         sliders = tuple(
             gr.Slider(
