@@ -330,10 +330,18 @@ def test_unload_in_mid_reply_ends_it_as_cancelled(client: EngineClient) -> None:
 
 def test_idle_for_long_enough() -> None:
     client = EngineClient(ECHO, idle_seconds=0.2)
-    ask(client, "/echo tokens=30 speed=60")  # longer than idle_seconds: a running reply is not idle
-    pid = pid_of(client)
-    assert wait_for(lambda: gone(pid))
-    assert client.info().state == "asleep"
+    pids: set[int] = set()
+
+    def note(chunk: Chunk) -> None:
+        if chunk.tokens:
+            pids.add(pid_of(client))
+
+    ask(
+        client, "/echo tokens=30 speed=60", then=note
+    )  # longer than idle_seconds: a running reply is not idle
+    assert len(pids) == 1
+    assert wait_for(lambda: gone(*pids))
+    assert wait_for(lambda: client.info().state == "asleep")
     client.close()
 
 
