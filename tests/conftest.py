@@ -25,11 +25,13 @@ __all__ = ["published_chatglm", "published_chatglm2", "starter_data", "tiny_chat
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are built for this run, once for all its workers; the account's own cache is left alone."""
+    """Kernels are built for this run, once for all its workers; the account's own cache is left alone.
+
+    The folder's name has a blank and Chinese characters, as an account's may."""
     before = dict(os.environ)
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+    os.environ["XDG_CACHE_HOME"] = str(shared / "缓存 cache")
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -433,6 +433,7 @@ def test_no_orphan_when_the_app_is_killed(tmp_path: Path) -> None:
 # A real model behind the pipe
 
 
+@pytest.mark.slow
 def test_a_transformers_model_through_the_process(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path / "tiny")
     client = EngineClient(EngineSpec("tiny", str(folder), device="cpu", threads=1))

@@ -126,6 +126,7 @@ def test_4_1_speed() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_4_1_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default backend needs a C++ compiler and half a minute; the graph is the same with this one."""
     from functools import partial

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glmui.engine.loaded import kernel_folder
 from glmui.i18n import LANGUAGES, table
 from glmui.quant.kernels import Kernels, Loaded, Packed, fits, load
 from glmui.quant.kernels.build import Compiler, compilers
@@ -30,12 +31,11 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 130)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the built library; its name has a blank and Chinese characters."""
+    """A folder of this module's own with the library that the run has built."""
     if not compilers():
         pytest.skip("no C compiler on this machine")
-    folder = tmp_path_factory.mktemp("kernels") / "缓存 folder"
-    assert load(folder).kernels, "the compiler of this machine did not build the kernels"
-    return folder
+    assert load(kernel_folder()).kernels, "the compiler of this machine did not build the kernels"
+    return shutil.copytree(kernel_folder(), tmp_path_factory.mktemp("kernels") / "copy")
 
 
 @pytest.fixture(scope="module")

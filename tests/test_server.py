@@ -168,6 +168,7 @@ def test_open_answers_hold_nothing_up(tmp_path: Path, port: int, number: int) ->
     assert "Traceback" not in (tmp_path / "logs" / "glmui.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_hangs_is_left_behind(tmp_path: Path, port: int) -> None:
     with house(tmp_path, port) as process:
         wait_for(port, ready=True)
