@@ -39,7 +39,8 @@ def _take(engine: ChatEngine, wire: Wire, spec: EngineSpec, baseline: str) -> No
         wire.send("value", values=take())
 
     params = partial(GenerationParams, temperature=0, seed=0)
-    answer(engine, [Message("user", _SHORT)], params(max_new_tokens=2))  # brings all pages into memory
+    # Brings all pages into memory; another question, for one that was read already is not read again.
+    answer(engine, [Message("user", _ASKED[0])], params(max_new_tokens=2))
     figure("memory", lambda: dict(zip(("rss", "private"), memory(), strict=True)))
     for name, asked, tokens in (("short", _SHORT, SHORT_TOKENS), ("long", _LONG, LONG_TOKENS)):
         figure(name, lambda n=name, a=asked, t=tokens: _answered(n, engine, a, params(max_new_tokens=t)))  # type: ignore[misc]
