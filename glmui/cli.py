@@ -10,10 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glmui import __version__, i18n
 from glmui.errors import GlmuiError
+
+if TYPE_CHECKING:
+    from glmui.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -116,21 +119,19 @@ MODELS: tuple[Flag, ...] = (
 
 def serve(options: argparse.Namespace, language: str) -> int:
     """The page. `language` is the terminal's."""
-    from glmui import server, settings
+    from glmui import server
 
-    names = ("host", "port", "browser", "starter", "idle_minutes", *_MODEL_SETTINGS, *_COMMON_SETTINGS)
-    return server.serve(settings.load(**{name: getattr(options, name) for name in names}), language)
+    names = ("host", "port", "browser", "starter", "idle_minutes", *_MODEL_SETTINGS)
+    return server.serve(_load(options, *names), language)
 
 
 def chat(options: argparse.Namespace, language: str) -> int:
     """One answer, or a conversation in the terminal."""
-    from glmui import settings
     from glmui.errors import InvalidInput
     from glmui.tools.chat import Wish, run
     from glmui.types import GenerationParams
 
-    wanted = (*_MODEL_SETTINGS, *_COMMON_SETTINGS)
-    loaded = settings.load(**{name: getattr(options, name) for name in wanted})
+    loaded = _load(options, *_MODEL_SETTINGS)
     if not loaded.model:
         raise InvalidInput("model_not_named")
     if options.json and options.prompt is None:
@@ -143,11 +144,10 @@ def chat(options: argparse.Namespace, language: str) -> int:
 
 def bench(options: argparse.Namespace, language: str) -> int:
     """How fast a model runs here."""
-    from glmui import settings
     from glmui.errors import InvalidInput
     from glmui.tools.bench import Wish, run
 
-    loaded = settings.load(**{name: getattr(options, name) for name in ("model", *_COMMON_SETTINGS)})
+    loaded = _load(options, "model")
     if (options.model and options.random) or not (loaded.model or options.random):
         raise InvalidInput("bench_model_or_random")
     if options.suite:
@@ -166,19 +166,18 @@ def doctor(options: argparse.Namespace, language: str) -> int:
     """What is wrong here, and what to do about it."""
     from glmui.tools.doctor import Wish, run
 
-    flags = {name: getattr(options, name) for name in ("model", "host", "port", *_COMMON_SETTINGS)}
+    flags = _given(options, "model", "host", "port")
     return run(Wish(options.json, options.fix, options.verify), flags, language)
 
 
 def quantize(options: argparse.Namespace, language: str) -> int:
     """A float16 ChatGLM folder, made smaller."""
-    from glmui import settings
     from glmui.engine.quantise_job import Job
     from glmui.errors import InvalidInput
     from glmui.hub import installed
     from glmui.tools.quantize import run
 
-    loaded = settings.load(**{name: getattr(options, name) for name in _COMMON_SETTINGS})
+    loaded = _load(options)
     if options.bits is not None and options.target_gb is not None:
         raise InvalidInput("quantize_bits_or_target")
     job = Job(
@@ -197,12 +196,10 @@ def quantize(options: argparse.Namespace, language: str) -> int:
 
 def plan(options: argparse.Namespace, language: str) -> int:
     """Which part of a model would go where."""
-    from glmui import settings
     from glmui.errors import InvalidInput
     from glmui.tools.plan import Wish, run
 
-    names = ("model", "quantize", *_COMMON_SETTINGS)
-    loaded = settings.load(**{name: getattr(options, name) for name in names})
+    loaded = _load(options, "model", "quantize")
     if not loaded.model:
         raise InvalidInput("model_not_named")
     wish = Wish(
@@ -219,10 +216,9 @@ def plan(options: argparse.Namespace, language: str) -> int:
 
 def models(options: argparse.Namespace, language: str) -> int:
     """What is here and what can be had: get, import, verify, remove, restore."""
-    from glmui import settings
     from glmui.tools.models import Wish, ask_here, run
 
-    loaded = settings.load(**{name: getattr(options, name) for name in _COMMON_SETTINGS})
+    loaded = _load(options)
     wish = Wish(
         action=options.ACTION,
         what=options.WHAT,
@@ -238,6 +234,17 @@ def models(options: argparse.Namespace, language: str) -> int:
 
 _MODEL_SETTINGS = ("model", "chatglm_family", "prefix", "adapter")
 _COMMON_SETTINGS = ("data_dir", "device", "threads", "log_level")
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The flags that are settings: those of `names`, and those that every command has."""
+    return {name: getattr(options, name) for name in (*names, *_COMMON_SETTINGS)}
+
+
+def _load(options: argparse.Namespace, *names: str) -> Settings:
+    from glmui import settings
+
+    return settings.load(**_given(options, *names))
 
 
 @dataclass(frozen=True)

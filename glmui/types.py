@@ -135,6 +135,10 @@ class EngineInfo:
     cpu_precision: str = ""  # its numerics; "" is exact
 
 
+# The values of the setting `quantize`, and the bits that each gives a weight; 0 leaves it as it is.
+BITS = {"none": 0, "int8": 8, "int4": 4}
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Which model an engine is to hold, and how. One engine process holds one spec's model.

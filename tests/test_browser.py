@@ -173,6 +173,18 @@ def wait_for_text(page: Page, text: str | re.Pattern[str]) -> None:
     expect(page.locator("#thread .bot-row .message").last).to_contain_text(text, timeout=PATIENCE)
 
 
+def check_that_it_answers(page: Page, app: App) -> None:
+    """A short question to a model that says whatever it says."""
+    number = page.locator("#max-length input[type=number]")
+    number.fill("256")
+    number.press("Tab")
+    say(page, "你好")
+    expect(page.locator("#thread .bot-row .message").last).not_to_have_text("…", timeout=PATIENCE)
+    wait_until_done(page)
+    expect(page.locator("#status")).to_contain_text("tokens/s", timeout=PATIENCE)
+    assert any(state == "done" for state, _ in app.saved("%"))
+
+
 def wait_until_done(page: Page) -> None:
     expect(page.locator("#box .submit-button")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#status .busy")).to_have_count(0, timeout=PATIENCE)
@@ -239,14 +251,7 @@ def test_a_first_start_fetches_chatglm_imports_it_and_chats(
     card.get_by_role("button", name="Continue").click()
     expect(page.locator("#engine .chip")).to_contain_text("chatglm-6b-int4", timeout=120_000)
     expect(page.locator("#welcome")).to_be_hidden(timeout=PATIENCE)
-    number = page.locator("#max-length input[type=number]")
-    number.fill("256")
-    number.press("Tab")
-    say(page, "你好")
-    expect(page.locator("#thread .bot-row .message").last).not_to_have_text("…", timeout=PATIENCE)
-    wait_until_done(page)
-    expect(page.locator("#status")).to_contain_text("tokens/s", timeout=PATIENCE)
-    assert any(state == "done" for state, _ in app.saved("%"))
+    check_that_it_answers(page, app)
 
 
 def test_the_models_area_checks_removes_and_brings_back(context: BrowserContext, app: App) -> None:
@@ -631,14 +636,7 @@ def test_a_chatglm_folder_answers_in_the_page(
 ) -> None:
     page = opened(context, app)
     use_model(page, str(tiny_chatglm("int4")))
-    number = page.locator("#max-length input[type=number]")
-    number.fill("256")
-    number.press("Tab")
-    say(page, "你好")
-    expect(page.locator("#thread .bot-row .message").last).not_to_have_text("…", timeout=PATIENCE)
-    wait_until_done(page)
-    expect(page.locator("#status")).to_contain_text("tokens/s", timeout=PATIENCE)
-    assert any(state == "done" for state, _ in app.saved("%"))
+    check_that_it_answers(page, app)
     use_model(page, "echo")
 
 

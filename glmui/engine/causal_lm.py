@@ -24,10 +24,9 @@ from glmui.engine.model_folder import describe, weight_files
 from glmui.errors import ModelError
 from glmui.text.chat_template import ChatTokenizer
 from glmui.text.detokenise import StreamingDetokeniser
-from glmui.types import EngineInfo, EngineSpec, Message, Progress
+from glmui.types import BITS, EngineInfo, EngineSpec, Message, Progress
 
 _PIECE_WORK = 25e9  # multiply-adds a CPU does in about half a second: how long Stop may wait in a prefill
-_BITS = {"int8": 8, "int4": 4}
 
 
 class CausalDecoder:
@@ -157,7 +156,7 @@ def _quantised(model: Any, wish: str) -> Any:
         return model
     from glmui.quant import quantize
 
-    return quantize(model, weight_bit_width=_BITS[wish])
+    return quantize(model, weight_bit_width=BITS[wish])
 
 
 @contextlib.contextmanager

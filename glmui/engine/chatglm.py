@@ -21,9 +21,7 @@ from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
 from glmui.glm.config import AnyConfig, read_config
 from glmui.text.chatglm import begun_reply
 from glmui.text.chatglms import Detokeniser, detokeniser, open_tokenizer, prompt_ids, stops
-from glmui.types import EngineInfo, EngineSpec, Message, Progress
-
-BITS = {"none": 0, "int8": 8, "int4": 4}
+from glmui.types import BITS, EngineInfo, EngineSpec, Message, Progress
 
 _CONTEXT = 2048  # tokens that a plan keeps room for
 

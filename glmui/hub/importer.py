@@ -19,13 +19,12 @@ from glmui.errors import FetchError, ModelError
 from glmui.hub import manifest
 from glmui.hub.manifest import Manifest, Stored
 from glmui.hub.source_folder import SourceFolder, check_forms, check_sizes, open_source
-from glmui.types import Progress, Stage
+from glmui.types import BITS, Progress, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RESULT = "model.safetensors"
-_BITS = {"int8": 8, "int4": 4}
 
 Quantize = Literal["none", "int8", "int4"]
 Tell = Callable[[Stage, int, int, str], None]  # stage, bytes done, bytes in all, what
@@ -94,7 +93,7 @@ def _write(source: SourceFolder, job: Job, tell: Tell) -> None:
     expected.warm_up()
     stop_making_threads()
     tensors = expected.checked_tensors(source)
-    if job.quantize in _BITS:
+    if BITS[job.quantize]:
         tensors.clear()
         _quantise(job, tell)
     else:
@@ -124,7 +123,7 @@ def _quantise(job: Job, tell: Tell) -> None:
     def told(progress: Progress) -> None:
         tell("converting", progress.done, progress.total, progress.detail)
 
-    quantise_folder(job.source, job.made, _BITS[job.quantize], on_progress=told)
+    quantise_folder(job.source, job.made, BITS[job.quantize], on_progress=told)
 
 
 def _finish(source: SourceFolder, job: Job, made_from: Mapping[str, Stored]) -> None:

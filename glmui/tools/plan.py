@@ -20,8 +20,8 @@ from glmui.hub import installed
 from glmui.meter import Meter
 from glmui.settings import Settings
 from glmui.tools.aligned import aligned
+from glmui.types import BITS
 
-BITS = {"none": 0, "int8": 8, "int4": 4}
 _MOST_GIB = 65536
 
 
