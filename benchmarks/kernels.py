@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glmui.engine.device import count_physical_cores
-from glmui.quant.kernels import Kernels, Numerics, Packed, load
+from glmui.quant.kernels.cpu import Kernels, Numerics, Packed, load
 from glmui.quant.packing import dequantise
 
 SHAPES = (

@@ -26,7 +26,7 @@ from glmui.engine.loaded import kernel_folder
 from glmui.glm.checkpoint import load_model
 from glmui.glm.files import weight_files
 from glmui.quant.fast import use_kernels
-from glmui.quant.kernels import load
+from glmui.quant.kernels.cpu import load
 
 
 class Watch:

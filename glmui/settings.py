@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,8 +40,11 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024)  # None: the physical cores
     quantize: Literal["none", "int8", "int4"] = "none"  # weights of a transformers model, once loaded
     cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"  # see docs/kernels.md
-    head_bits: Literal[16, 8] = 16  # of ChatGLM's output head on a CPU
-    kv_cache: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of ChatGLM on a CPU
+    head_bits: Literal[16, 8] = 16  # of ChatGLM's output head
+    kv_cache: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"  # of ChatGLM
+    layers_on_gpu: int | None = Field(None, ge=0, le=1000)  # of ChatGLM with "mixed"; None: as many as fit
+    context: int = Field(2048, ge=64, le=32768)  # tokens that memory is planned for
+    vram_reserve_gb: float = Field(1.0 if sys.platform == "win32" else 0.5, ge=0, le=1000)  # left to others
     chatglm_family: Literal["", "chatglm2", "chatglm3"] = ""  # of a folder whose files fit both
     prefix: str = ""  # folder of a P-Tuning v2 prefix for ChatGLM
     adapter: str = ""  # folder of a LoRA adapter for ChatGLM
@@ -118,6 +122,9 @@ def spec_of(settings: Settings, model: str, folder: Path | str) -> EngineSpec:
         cpu_precision=settings.cpu_precision,
         head_bits=settings.head_bits,
         kv_cache=settings.kv_cache,
+        layers_on_gpu=settings.layers_on_gpu,
+        context=settings.context,
+        vram_reserve=int(settings.vram_reserve_gb * 1e9),
         chatglm_family=settings.chatglm_family,
         packed_dir=str(settings.data_dir / PACKED),
         stop_repetition=settings.stop_repetition,

@@ -129,6 +129,8 @@ class EngineInfo:
     dtype: str = ""
     threads: int = 0
     context_length: int = 0  # tokens the model was trained for; 0 when unknown
+    context_room: int = 0  # tokens of prompt and reply that memory has room for; 0 when unknown
+    layers: tuple[str, ...] = ()  # the device of each of ChatGLM's layers
     pid: int | None = None
     reason: str = ""  # why this device and precision: a key of the locales
     kernel: str = ""  # what multiplies quantised weights; "" where torch does
@@ -146,9 +148,15 @@ class EngineSpec:
     folder: the model's folder, or "echo" for the scripted engine. device: "auto", "cpu", "cuda:0" ….
     threads: None means the physical cores. quantize: "none", "int8" or "int4" while loading.
     cpu_precision: of the activations that meet quantised weights on a CPU (docs/kernels.md).
-    head_bits: 16 keeps ChatGLM's output head as it is, 8 quantises it (with the CPU kernels).
-    kv_cache: what ChatGLM's keys and values are kept in on a CPU; "auto" is fp32 where cpu_precision is
-    exact, else fp16.
+    head_bits: 16 keeps ChatGLM's output head as it is, 8 quantises it (with the kernels of a CPU or a card; on
+    a card the embedding then stays in RAM).
+    kv_cache: what ChatGLM's keys and values are kept in; "auto" is fp16, but fp32 on a CPU where cpu_precision
+    is exact. "int8" halves fp16, at the price of a little accuracy.
+    layers_on_gpu: ChatGLM's layers on cards with device "mixed", None for as many as fit.
+    context: tokens that the memory plan keeps room for. context_most: how many a conversation may take at
+    most, 0 for as many as there is room for. prefill_piece: tokens of a prompt that are read at a time, 0 for
+    the plan's choice. vram_reserve: bytes of each card that are left to others. vram_cap: bytes of each card
+    that are looked at as if there were no more, 0 for all.
     chatglm_family: "chatglm2" or "chatglm3" for a folder whose files fit both, else "".
     packed_dir: where weights in the CPU kernels' order are kept, "" for nowhere.
     prefix, adapter: folders of ChatGLM's extras, "" for none.
@@ -161,7 +169,13 @@ class EngineSpec:
     quantize: str = "none"
     cpu_precision: Literal["exact", "balanced", "fast"] = "balanced"
     head_bits: int = 16
-    kv_cache: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    kv_cache: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
+    layers_on_gpu: int | None = None
+    context: int = 2048
+    context_most: int = 0
+    prefill_piece: int = 0
+    vram_reserve: int = 500_000_000
+    vram_cap: int = 0
     chatglm_family: str = ""
     packed_dir: str = ""
     stop_repetition: bool = True

@@ -16,7 +16,7 @@ from glmui.engine.loaded import kernel_folder
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedLinear, fast
 from glmui.quant.fast import KernelHead, KernelLinear, use_kernels
-from glmui.quant.kernels import Kernels, Loaded, load
+from glmui.quant.kernels.cpu import Kernels, Loaded, load
 from glmui.quant.mapped import release
 from glmui.types import EngineSpec, GenerationParams, Message
 from tests.tiny_llama import make_tiny_llama

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from glmui.engine.loaded import kernel_folder
 from glmui.i18n import LANGUAGES, table
-from glmui.quant.kernels import Kernels, Loaded, Packed, fits, load
-from glmui.quant.kernels.build import Compiler, compilers
-from glmui.quant.kernels.check import TOLERANCE, error
-from glmui.quant.kernels.native import Library
+from glmui.quant.kernels.cpu import Kernels, Loaded, Packed, fits, load
+from glmui.quant.kernels.cpu.build import Compiler, compilers
+from glmui.quant.kernels.cpu.check import TOLERANCE, error
+from glmui.quant.kernels.cpu.native import Library
 from glmui.quant.packing import dequantise, pack
 
-SOURCES = Path(__file__).parent.parent / "glmui" / "quant" / "kernels"
+SOURCES = Path(__file__).parent.parent / "glmui" / "quant" / "kernels" / "cpu"
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 130)
 
 
@@ -336,7 +336,7 @@ def test_kernels_that_compute_wrongly_are_refused(tmp_path: Path, cache: Path) -
 
 def test_a_wrong_target_is_passed_over(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(Library(next(cache.glob("kernels-*"))).targets())
-    monkeypatch.setattr("glmui.quant.kernels.is_right", lambda kernels: kernels.name != names[0])
+    monkeypatch.setattr("glmui.quant.kernels.cpu.is_right", lambda kernels: kernels.name != names[0])
     loaded = load(cache)
     if len(names) > 1:
         assert (loaded.name, loaded.reason) == (names[1], "reasons.kernels_second")
@@ -353,7 +353,7 @@ def test_kernels_that_ended_the_program_are_not_tried_again(tmp_path: Path, cach
     shutil.copytree(cache, folder)
     names = list(Library(next(folder.glob("kernels-*"))).targets())
     fatal = (
-        "import os, pathlib, sys, glmui.quant.kernels as k\n"
+        "import os, pathlib, sys, glmui.quant.kernels.cpu as k\n"
         "k.is_right = lambda kernels: os._exit(3)\n"
         "k.load(pathlib.Path(sys.argv[1]))\n"
     )

@@ -24,9 +24,9 @@ from glmui.glm.model import ChatGLMModel
 from glmui.glm.rotary import rotary_table, rotate
 from glmui.quant.fast import use_kernels
 from glmui.quant.fused import ATTENTION_ROWS, KernelAttention, KernelGelu, KernelRotate
-from glmui.quant.kernels import Kernels, Numerics, load
-from glmui.quant.kernels.check import attention, error
-from glmui.quant.kernels.native import Library
+from glmui.quant.kernels.cpu import Kernels, Numerics, load
+from glmui.quant.kernels.cpu.check import attention, error
+from glmui.quant.kernels.cpu.native import Library
 from glmui.types import EngineSpec
 from tests.chatglm_fixture import KINDS, goldens
 

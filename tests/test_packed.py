@@ -19,8 +19,8 @@ from glmui.engine.loaded import LoadedEngine, kernel_folder
 from glmui.hub import manifest
 from glmui.quant import packed_file
 from glmui.quant.fast import KernelLinear
-from glmui.quant.kernels import Kernels, Packed, load
-from glmui.quant.kernels.native import packed_bytes
+from glmui.quant.kernels.cpu import Kernels, Packed, load
+from glmui.quant.kernels.cpu.native import packed_bytes
 from glmui.quant.packed_file import NotUsable, PackedLayer, read, room_for, write
 from glmui.types import EngineSpec, GenerationParams, Message, Progress
 from tests.chatglm_fixture import copy_checkpoint

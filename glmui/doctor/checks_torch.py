@@ -168,7 +168,7 @@ def cpu(world: World) -> Iterator[Finding]:
 
 
 def compiler(world: World) -> Iterator[Finding]:
-    """What the kernels would be built with. gcc is not used on Windows: see quant/kernels/build.py."""
+    """What the kernels would be built with. gcc is not used on Windows: see quant/kernels/cpu/build.py."""
     names = ("clang",) if world.platform == "win32" else ("cc", "gcc", "clang")
     path = world.environ.get("PATH", "")
     found = next(filter(None, (shutil.which(name, path=path) for name in names)), None)

@@ -12,8 +12,8 @@ from torch import nn
 from glmui.engine.generate import Detokeniser, Speaker, stream_reply
 from glmui.engine.request import Cancellations
 from glmui.quant.fast import use_kernels
-from glmui.quant.kernels import Loaded, Numerics
-from glmui.quant.kernels import load as load_kernels
+from glmui.quant.kernels.cpu import Loaded, Numerics
+from glmui.quant.kernels.cpu import load as load_kernels
 from glmui.types import Chunk, EngineInfo, GenerationParams, Message
 
 # A conversation as the model's ids, and what makes a detokeniser for the reply to it.

@@ -17,7 +17,7 @@ from glmui.engine import packed
 from glmui.engine.loaded import kernels_for
 from glmui.glm.checkpoint import AnyModel
 from glmui.quant.fast import KernelLinear, is_computable, is_half_head, pack_head, pack_layer, use_kernels
-from glmui.quant.kernels import Kernels, Loaded
+from glmui.quant.kernels.cpu import Kernels, Loaded
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.packed_file import NotUsable, PackedLayer, read, room_for, write
 from glmui.types import EngineSpec, Progress

@@ -74,7 +74,7 @@ def _card(number: int) -> dict[str, Any]:
 
 def _kernels() -> bool:
     from glmui.engine.loaded import kernel_folder
-    from glmui.quant import kernels
+    from glmui.quant.kernels import cpu as kernels
 
     said = _Said()
     builders = logging.getLogger(kernels.__name__)

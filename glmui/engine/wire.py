@@ -59,7 +59,8 @@ def chunk_from(values: dict[str, Any]) -> Chunk:
 
 
 def info_from(values: dict[str, Any]) -> EngineInfo:
-    return EngineInfo(**values)
+    """The EngineInfo that `asdict` took apart."""
+    return EngineInfo(**{**values, "layers": tuple(values["layers"])})
 
 
 def error_from(values: list[Any]) -> errors.GlmuiError:

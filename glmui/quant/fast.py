@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glmui.quant.fused import fuse
-from glmui.quant.kernels import Kernels, Numerics, Packed, fits
+from glmui.quant.kernels.cpu import Kernels, Numerics, Packed, fits
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.mapped import release
 from glmui.quant.packed_file import PackedLayer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, float32, nn
 
 from glmui.glm.attention import Attention, Gelu, Rotate
-from glmui.quant.kernels import Kernels
+from glmui.quant.kernels.cpu import Kernels
 
 # Up to so many new tokens the kernel, which reads keys and values as they are kept, is the faster one.
 ATTENTION_ROWS = 8

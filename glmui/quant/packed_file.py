@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from glmui.quant.kernels.native import PANEL, Packed, packed_bytes
+from glmui.quant.kernels.cpu.native import PANEL, Packed, packed_bytes
 
 PAGE = 4096
 _SYNC = 1 << 28  # bytes that may wait to be put on the disk, so that a slow one does not make the end last

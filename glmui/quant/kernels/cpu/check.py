@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from glmui.quant.kernels.native import Kernels, Numerics
+from glmui.quant.kernels.cpu.native import Kernels, Numerics
 from glmui.quant.packing import dequantise, pack
 
 # How far from float64 a result may be, relative to its norm: some times what is usual (docs/kernels.md).
