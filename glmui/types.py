@@ -148,10 +148,10 @@ class EngineSpec:
     folder: the model's folder, or "echo" for the scripted engine. device: "auto", "cpu", "cuda:0" ….
     threads: None means the physical cores. quantize: "none", "int8" or "int4" while loading.
     cpu_precision: of the activations that meet quantised weights on a CPU (docs/kernels.md).
-    head_bits: 16 keeps ChatGLM's output head as it is, 8 quantises it (with the kernels of a CPU or a card; on
-    a card the embedding then stays in RAM).
-    kv_cache: what ChatGLM's keys and values are kept in; "auto" is fp16, but fp32 on a CPU where cpu_precision
-    is exact. "int8" halves fp16, at the price of a little accuracy.
+    head_bits: 16 keeps ChatGLM's output head as it is, 8 quantises it (with the kernels of a CPU or a card;
+    on a card the embedding then stays in RAM).
+    kv_cache: what ChatGLM's keys and values are kept in; "auto" is fp16, but fp32 on a CPU where
+    cpu_precision is exact. "int8" halves fp16, at the price of a little accuracy.
     layers_on_gpu: ChatGLM's layers on cards with device "mixed", None for as many as fit.
     context: tokens that the memory plan keeps room for. context_most: how many a conversation may take at
     most, 0 for as many as there is room for. prefill_piece: tokens of a prompt that are read at a time, 0 for

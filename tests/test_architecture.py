@@ -21,6 +21,7 @@ FLOORS = {
     "glmui.types": 0,
     "glmui.settings": 0,
     "glmui.prompts": 0,
+    "glmui.durable": 0,
     "glmui.i18n": 0,
     "glmui.text": 1,
     "glmui.store": 1,

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glmui.errors import ModelError
-from glmui.text.model_files import read_json, read_template
+from glmui.text.model_files import accident, read_json, read_template
 
 Family = Literal["echo", "chatglm", "causal_lm"]
 ECHO = "echo"  # in the place of a folder: the scripted engine
 
-_LFS_POINTER = b"version https://git-lfs"
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "seq_length", "n_positions")
 
 
@@ -99,5 +98,5 @@ def _shards(index: Path) -> list[str]:
 def refuse_pointer(file: Path) -> None:
     """Raise ModelError("model_lfs_pointer") when `file` is a Git LFS pointer in place of the real one."""
     with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        if accident(opened.read(200)) == "Git LFS pointer":
             raise ModelError("model_lfs_pointer", folder=file.parent, file=file.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from glmui.durable import flush_folder
 from glmui.errors import InvalidInput
 
 _SPARE = 50_000_000  # bytes of the disk to leave free
@@ -74,10 +75,7 @@ def _flush(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        opened_folder = os.open(folder, os.O_RDONLY)
-        os.fsync(opened_folder)
-        os.close(opened_folder)
+    flush_folder(folder)
 
 
 def _gb(size: int) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from pathlib import Path
 
 from glmui.errors import ModelError
 from glmui.glm.config import AnyConfig, read_config, read_json
+from glmui.text.model_files import Accident, accident
 from glmui.text.vocabulary import vocabulary_file
 
-_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
+_REFUSALS: dict[Accident, str] = {"Git LFS pointer": "model_lfs_pointer", "HTML page": "model_file_page"}
 
 
 def check_folder(folder: Path | str, family: str = "") -> AnyConfig:
@@ -56,9 +56,7 @@ def look_at(file: Path) -> None:
         raise refusal("model_file_missing", file)
     with file.open("rb") as opened:
         start = opened.read(200)
-    if start.startswith(b"version https://git-lfs"):
-        raise refusal("model_lfs_pointer", file)
-    if _WEB_PAGE.match(start):
-        raise refusal("model_file_page", file)
+    if found := accident(start):
+        raise refusal(_REFUSALS[found], file)
     if file.suffix == ".bin" and not zipfile.is_zipfile(file):
         raise refusal("model_file_old" if start.startswith(b"\x80") else "model_file_cut", file)

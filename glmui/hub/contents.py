@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,15 +26,6 @@ def digests(file: Path, on_bytes: Callable[[int], None], stopped: Callable[[], b
                 git.update(block)
             on_bytes(len(block))
     return sha256.hexdigest(), git.hexdigest() if small else ""
-
-
-def accident(start: bytes) -> str:
-    """What a file that begins so is, where it is one of the usual accidents; else ""."""
-    if start.startswith(b"version https://git-lfs"):
-        return "Git LFS pointer"
-    if re.match(rb"\s*<(!doctype|html|head|body|\?xml)", start, re.IGNORECASE):
-        return "HTML page"
-    return ""
 
 
 async def copy(source: Path, part: PartFile) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from glmui.errors import FetchError
 from glmui.hub.catalogue import Offer, RemoteFile
 from glmui.hub.checked import Checked, Mark
-from glmui.hub.contents import accident, copy, digests
+from glmui.hub.contents import copy, digests
 from glmui.hub.listings import Listings
 from glmui.hub.part import PartFile
 from glmui.hub.patience import Patience
 from glmui.hub.sources import Entry, Source, repository
 from glmui.hub.transfer import Changed, Transfer
 from glmui.hub.web import Trouble, Web, is_safe
+from glmui.text.model_files import accident
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from glmui.durable import flush_folder
 from glmui.errors import FetchError, InvalidInput, ModelError
 from glmui.hub import catalogue, installed, manifest
 from glmui.hub.catalogue import Offer
@@ -23,7 +24,6 @@ from glmui.hub.download import Control, download
 from glmui.hub.importer import Quantize
 from glmui.hub.importing import import_model
 from glmui.hub.installed import models_folder
-from glmui.hub.part import flush_folder
 from glmui.hub.source_folder import weight_names
 from glmui.hub.sources import from_settings
 from glmui.hub.starter import ensure_starter

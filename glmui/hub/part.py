@@ -6,7 +6,6 @@ loses at most what came since. The file gets its own name once it is whole and c
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -14,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from glmui.durable import settle
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 Piece = tuple[int, int]  # from, to (excluded), in bytes
@@ -112,9 +113,8 @@ class PartFile:
         assert self._opened
         os.fsync(self._opened.fileno())
         self.close()
-        self._path.replace(self.file)
+        settle(self._path, self.file)
         self._journal.unlink(missing_ok=True)
-        flush_folder(self.file.parent)
 
     def _add(self, start: int, end: int) -> None:
         """Into the sorted list of pieces, joined with its neighbours."""
@@ -150,13 +150,3 @@ def _allocate(opened: BinaryIO, size: int) -> None:
         except OSError as error:
             if error.errno in FULL:  # others mean that this file system cannot
                 raise
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a rename in it last. Windows has no such call, and some file systems refuse it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -13,11 +13,11 @@ from typing import cast
 
 import httpx
 
-from glmui.hub.contents import accident
 from glmui.hub.part import PartFile, Piece
 from glmui.hub.patience import Patience
 from glmui.hub.sources import Entry, Source
 from glmui.hub.web import Answer, Trouble, Web, refusal
+from glmui.text.model_files import accident
 
 log = logging.getLogger(__name__)
 

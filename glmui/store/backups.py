@@ -11,9 +11,10 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
+from glmui.durable import settle
 from glmui.errors import StoreError
 from glmui.store import records
-from glmui.store.database import Database, connect, primary_code, settle, told
+from glmui.store.database import Database, connect, primary_code, told
 from glmui.store.migrations import MIGRATIONS, version
 
 KEPT = 7

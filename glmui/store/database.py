@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import sqlite3
 import threading
@@ -181,14 +180,3 @@ def _free(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError:
         return _NEARLY_FULL
-
-
-def settle(draft: Path, file: Path) -> None:
-    """Give a finished, flushed file its name, so that the name outlives a power cut too."""
-    draft.replace(file)
-    if os.name == "posix":
-        descriptor = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,8 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from glmui.durable import settle
 from glmui.store.backups import Backups, beside, blank, examine, made_at
-from glmui.store.database import connect, settle, told
+from glmui.store.database import connect, told
 from glmui.store.migrations import migrate
 from glmui.store.records import Notice
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from glmui.errors import ModelError
+
+Accident = Literal["", "Git LFS pointer", "HTML page"]
+
+
+def accident(start: bytes) -> Accident:
+    """What a file that begins so is, where it is one of the usual accidents of a download; else ""."""
+    if start.startswith(b"version https://git-lfs"):
+        return "Git LFS pointer"
+    if re.match(rb"\s*<(!doctype|html|head|body|\?xml)", start, re.IGNORECASE):
+        return "HTML page"
+    return ""
 
 
 def read_json(file: Path) -> dict[str, Any]:
