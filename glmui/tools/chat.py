@@ -120,6 +120,16 @@ class Terminal:
     def say(self, key: str, **values: Any) -> None:
         self.write(i18n.text(self.language, key, **values) + "\n")
 
+    def words(self, key: str, **values: Any) -> str:
+        """A text of the command line's own, by its key without "cli."."""
+        return i18n.text(self.language, f"cli.{key}", **values)
+
+    def note(self, key: str, **values: Any) -> None:
+        """A line that stays, on stderr, of what is being done. key: as in `words`."""
+        if self._err.isatty():
+            self._err.write(self.words(key, **values) + "\n")
+            self._err.flush()
+
     def show(self, progress: Progress) -> None:
         """One line that overwrites itself."""
         line = i18n.text(self.language, f"cli.stages.{progress.stage}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glmui import i18n
 from glmui.engine import measure, suite
 from glmui.engine.families import family_of
 from glmui.engine.wire import info_from
@@ -18,13 +16,11 @@ from glmui.errors import EngineError, InvalidInput, StoreError
 from glmui.glm.config import read_config
 from glmui.hub import installed
 from glmui.settings import Settings, make_data_folder, spec_of
-from glmui.tools.bench import messages
 from glmui.tools.chat import Terminal, find_model
+from glmui.tools.measuring import Show, messages
 from glmui.tools.suite_page import page
 from glmui.tools.suite_results import Column, as_json, table
 from glmui.types import EngineSpec
-
-Show = Callable[..., None]  # (key without "cli.", **values)
 
 
 @dataclass(frozen=True)
@@ -41,22 +37,15 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
     """Measure, then print a table or one JSON object, and write a page where one is wished for."""
     make_data_folder(settings.data_dir)
     terminal = Terminal(language)
-
-    def say(key: str, **values: Any) -> str:
-        return i18n.text(language, f"cli.{key}", **values)
-
-    def show(key: str, **values: Any) -> None:
-        if sys.stderr.isatty():
-            print(say(key, **values), file=sys.stderr, flush=True)
-
     folder = find_model(wish.model, settings.data_dir, terminal.show)
     if family_of(folder) == "echo":
         raise InvalidInput("bench_no_model")
     baseline = str(installed.resolve(wish.baseline, settings.data_dir)) if wish.baseline else ""
-    columns = take(spec_of(settings, wish.model, folder), baseline, settings.data_dir, show)
+    columns = take(spec_of(settings, wish.model, folder), baseline, settings.data_dir, terminal.note)
     if wish.html:
-        _write(Path(wish.html).expanduser(), page(columns, say, language))
-    terminal.write((json.dumps(as_json(columns)) if wish.as_json else "\n".join(table(columns, say))) + "\n")
+        _write(Path(wish.html).expanduser(), page(columns, terminal.words, language))
+    lines = [json.dumps(as_json(columns))] if wish.as_json else table(columns, terminal.words)
+    terminal.write("\n".join(lines) + "\n")
     return 0
 
 
