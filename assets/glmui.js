@@ -35,7 +35,7 @@
   // A message is shown with a few characters written as entities and with notes under it (ui/markdown.py,
   // ui/present.py); whoever copies it wants its text.
   const asWritten = (shown) => shown
-    .replace(/(\n\n<small>[^<]*<\/small>)+$/, "")
+    .replace(/(\n\n<small[^<]*<\/small>)+$/, "")
     .replace(/&#60;/g, "<")
     .replace(/<span>&#36;<\/span>/g, "$")
     .replace(/&#33;\[/g, "![");
@@ -141,6 +141,16 @@
   }, true);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && event.target.closest?.("#box")) window.glmui.toEnd?.();
+  });
+
+  // A slider that is moved by keys never tells Gradio that it has come to rest: only a pointer does.
+  let rest;
+  document.addEventListener("pointerdown", () => clearTimeout(rest));
+  document.addEventListener("change", (event) => {
+    const slider = event.target;
+    if (!slider.matches?.("#layers input[type=range]")) return;
+    clearTimeout(rest);
+    rest = setTimeout(() => slider.dispatchEvent(new PointerEvent("pointerup", { bubbles: true })), 400);
   });
 
   // What Gradio leaves without a name or makes later than this script runs.

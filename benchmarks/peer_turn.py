@@ -116,7 +116,7 @@ class LlamaCpp(Peer):
 def open_glmui(model: str, threads: int, **settings: Any) -> Subject:
     """Ourselves, opened as the app opens a model. settings: others than the app's own."""
     from glmui.engine.families import open_family
-    from glmui.engine.subjects import subject_of
+    from glmui.engine.measure import subject_of
     from glmui.types import EngineSpec
 
     spec = EngineSpec("glmui", model, "cpu", threads, **settings)

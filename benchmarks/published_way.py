@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glmui.engine.decoders import decoder_of
 from glmui.engine.figures import Subject
 from glmui.engine.subjects import GLMSubject
 from glmui.glm.checkpoint import load_model
@@ -60,7 +61,7 @@ def open_model(folder: str, threads: int) -> Subject:
     weight = model.transformer.word_embeddings.weight
     model.lm_head = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     model.lm_head.weight = model.transformer.word_embeddings.weight = nn.Parameter(weight.float())
-    return GLMSubject(model)
+    return GLMSubject(decoder_of(model))
 
 
 def compiled() -> ctypes._NamedFuncPointer:

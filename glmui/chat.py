@@ -1,46 +1,39 @@
 """ChatService: a message comes in, a reply grows in the database, whoever is looking may follow.
 
-One thread (the runner) takes jobs out of the fair queue and hands them to the engine, one at a time.
-Another (the saver) writes what has grown to disk every quarter of a second, so that neither a slow
-disk nor a silent engine ever decides how much of a reply is safe. Pages call the quick methods
-below from any thread and look at `live` as often as they like.
+One thread (the runner) takes jobs out of the fair queue and hands them to the engine, one at a time;
+saving.py writes to disk what has grown. Pages call the quick methods below from any thread and look at
+`live` as often as they like.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
-from glmui import errors, prompts
-from glmui.errors import Busy, EngineError, GlmuiError, InvalidInput, ModelError, NotFound, StoreError
+from glmui import prompts
+from glmui.errors import Busy, EngineError, GlmuiError, InvalidInput, ModelError
 from glmui.jobs import FairQueue, Job
-from glmui.store import Conversation, ReplyState, Store, StoredMessage
+from glmui.outlook import Foresee, Outlook, RoomLeft, Rooms, room_left
+from glmui.saving import Saver
+from glmui.store import Conversation, Store, StoredMessage
 from glmui.types import (
+    USUAL,
     ChatEngine,
     ChatSettings,
     EngineSpec,
-    FinishReason,
     GenerationParams,
     Message,
+    Once,
     Progress,
     TokenCounter,
 )
 
 log = logging.getLogger(__name__)
 
-SAVE_SECONDS = 0.25  # what a kill -9 may cost, at most
-SAVE_AGAIN_SECONDS = 2.0  # after the disk refused
-ENDINGS: dict[FinishReason, ReplyState] = {
-    "stop": "done",
-    "length": "done",
-    "cancelled": "stopped",
-    "error": "error",
-    "interrupted": "interrupted",
-}
 MAX_CHARACTERS = 200_000  # of one message: more than any max_length holds
 
 
@@ -56,7 +49,7 @@ class Engine(ChatEngine, Protocol):
 
 class ChatService:
     """Joins engine and store. `resolve` turns settings into the model to use, or None when none is chosen;
-    `count` counts tokens as that model does.
+    `count` counts tokens as that model does; `foresee` tells what memory a model would have room for.
 
     Every public method returns at once (no model work, at most one commit) and raises GlmuiError.
     """
@@ -67,32 +60,36 @@ class ChatService:
         engine: Engine,
         resolve: Callable[[], EngineSpec | None],
         count: Callable[[EngineSpec], TokenCounter],
+        foresee: Foresee = lambda spec: None,
     ) -> None:
         self.store = store
         self.engine = engine
         self._resolve = resolve
         self._count = count
+        self.foresee = foresee
+        self._rooms = Rooms(engine, foresee)
+        self._left: dict[str, tuple[object, RoomLeft]] = {}  # by conversation: of what it was counted, and it
         self._queue = FairQueue()
-        self._jobs: dict[str, Job] = {}  # by conversation: queued, running, or not yet safe on disk
         self._revisions: dict[str, int] = {}
         self.changes = 0  # grows with every change of any conversation
         self._asking = threading.Lock()  # between "may this be asked?" and the job in the queue
-        self._finishing = threading.Lock()  # a job is finished once, whoever does it
         self._closing = threading.Event()
+        self._saver = Saver(store, self._closing, self._touch)
+        self._jobs = self._saver.jobs
         self._runner = threading.Thread(target=self._run, name="chat-runner", daemon=True)
-        self._saver = threading.Thread(target=self._save_growing, name="chat-saver", daemon=True)
         self._runner.start()
-        self._saver.start()
 
     # Asking
 
-    def send(self, conversation_id: str, text: str, client: str = "page") -> StoredMessage:
+    def send(
+        self, conversation_id: str, text: str, client: str = "page", once: Once = USUAL
+    ) -> StoredMessage:
         """Commit the user's message and an empty reply, queue the reply's job, return the reply."""
         self.check(text, client)
         with self._asking:
             spec = self._ready_for(conversation_id, client)
             _, reply = self.store.begin_round(conversation_id, text, spec.model)
-            return self._start(reply, client)
+            return self._start(reply, client, once)
 
     def check(self, text: str, client: str) -> None:
         """Raise what `send` would raise in an idle conversation."""
@@ -132,12 +129,45 @@ class ChatService:
             raise ModelError("no_model")
         return spec
 
-    def _start(self, reply: StoredMessage, client: str) -> StoredMessage:
-        job = Job(reply.id, reply.conversation_id, client, content=reply.content)
+    def _start(self, reply: StoredMessage, client: str, once: Once = USUAL) -> StoredMessage:
+        job = Job(reply.id, reply.conversation_id, client, content=reply.content, once=once)
         self._jobs[reply.conversation_id] = job
         self._queue.put(job)
         self._touch(reply.conversation_id)
         return reply
+
+    # Looking ahead
+
+    def outlook(self, conversation_id: str, text: str, settings: ChatSettings) -> Outlook | None:
+        """Whether memory has room for this message, and what would help; None where memory sets no bound.
+
+        conversation_id: "" for a new one. Raises InvalidInput where max_length does not hold the message.
+        """
+        spec = self._model()
+        limits = self._rooms.limits(spec)
+        if not 0 < limits.room < limits.length(settings.params):
+            return None
+        said = self._said(conversation_id) if conversation_id else []
+        return self._rooms.outlook([*said, Message("user", text)], settings, spec, self._count(spec))
+
+    def holds(self, spec: EngineSpec) -> bool:
+        """Whether the engine is ready with just what this spec asks for."""
+        return self._rooms.holds(spec)
+
+    def room_left(self, conversation_id: str) -> RoomLeft | None:
+        """What the conversation leaves for its next message; None where that cannot be told.
+
+        Counted anew where something has changed since it was last asked, so that it may be asked often.
+        """
+        with suppress(GlmuiError):
+            spec, settings = self._model(), self.settings_of(conversation_id)
+            limits = self._rooms.limits(spec).within(settings.params)
+            counted = (self.revision(conversation_id), settings, spec, limits)
+            if conversation_id not in self._left or self._left[conversation_id][0] != counted:
+                said = self._said(conversation_id)
+                self._left[conversation_id] = counted, room_left(said, settings, self._count(spec), limits)
+            return self._left[conversation_id][1]
+        return None
 
     # Looking
 
@@ -166,7 +196,7 @@ class ChatService:
             return
         if self._queue.remove(job):
             job.finish_reason = "cancelled"
-            self._finish(job)
+            self._saver.finish(job)
         else:
             self.engine.cancel(job.request_id)
 
@@ -184,8 +214,8 @@ class ChatService:
         self._runner.join(timeout=2)
         for job in [*waiting, *list(self._jobs.values())]:
             job.finish_reason = job.finish_reason or "interrupted"
-            self._finish(job)
-        self._saver.join(timeout=1)
+            self._saver.finish(job)
+        self._saver.join()
         self.store.close()
 
     # The runner: one reply after the other
@@ -201,12 +231,25 @@ class ChatService:
                 job.error, job.finish_reason = EngineError("internal", detail=repr(error)), "error"
             if self._closing.is_set() and job.finish_reason in (None, "error"):
                 job.error, job.finish_reason = None, "interrupted"
-            self._finish(job)
+            self._saver.finish(job)
 
     def _answer(self, job: Job) -> None:
         spec = self._model()
+        if job.once.device:
+            spec = replace(spec, device=job.once.device)
         job.show(Progress("starting"))
         self.engine.configure(spec)
+        self._rooms.configured(spec)
+        while True:
+            known = self._rooms.limits(spec)
+            try:
+                return self._stream(job, spec)
+            except InvalidInput as error:
+                is_news = self._rooms.limits(spec) != known  # loaded, memory has less room than was thought
+                if error.code != "prompt_too_long" or job.first_text_at is not None or not is_news:
+                    raise
+
+    def _stream(self, job: Job, spec: EngineSpec) -> None:
         prompt, params = self._prompt_for(job, spec)
         job.left_out = prompt.left_out
         for chunk in self.engine.stream_chat(prompt.messages, params, job.request_id):
@@ -214,75 +257,17 @@ class ChatService:
 
     def _prompt_for(self, job: Job, spec: EngineSpec) -> tuple[prompts.Prompt, GenerationParams]:
         settings = self.settings_of(job.conversation_id)
-        thread = self.store.thread(job.conversation_id)
-        messages = [Message(m.role, m.content) for m in thread if m.content or m.role == "user"]
-        if settings.system.strip():
-            messages.insert(0, Message("system", settings.system.strip()))
-        trained = self.engine.info().context_length
-        prompt = prompts.fit(
-            messages,
-            self._count(spec),
-            prompts.token_budget(
-                settings.params, trained, settings.history_tokens if settings.history == "tokens" else None
-            ),
-            hard_limit=min(settings.params.max_length, trained or settings.params.max_length) - 1,
-            max_rounds=settings.history_rounds if settings.history == "rounds" else None,
-        )
-        return prompt, settings.params
+        if job.once.max_new_tokens:
+            shorter = replace(settings.params, max_new_tokens=job.once.max_new_tokens)
+            settings = replace(settings, params=shorter)
+        limits = self._rooms.limits(spec)
+        prompt = prompts.compose(self._said(job.conversation_id), settings, self._count(spec), limits)
+        return prompt, limits.bounded(settings.params)
 
-    # Saving
-
-    def _save_growing(self) -> None:
-        while not self._closing.wait(SAVE_SECONDS):
-            for job in list(self._jobs.values()):
-                if job.save_error and time.monotonic() < job.save_again_at:
-                    continue
-                if job.finish_reason is not None and job.save_error is not None:
-                    self._finish(job)  # the disk refused the end of it: try again
-                elif job.first_text_at is not None and job.saved_revision != job.revision:
-                    job.saved_revision = job.revision
-                    self._guarded(job, partial(self.store.grow_reply, job.reply_id, job.content))
-
-    def _finish(self, job: Job) -> None:
-        with self._finishing:
-            if self._jobs.get(job.conversation_id) is not job:
-                return  # another thread was first
-            reason = job.finish_reason or "interrupted"
-            state = ENDINGS[reason]
-            if reason == "cancelled" and self._closing.is_set():
-                state = "interrupted"
-            end = partial(
-                self.store.finish_reply,
-                job.reply_id,
-                job.content,
-                state,
-                reason,
-                usage=job.usage,
-                note=job.note,
-                error=errors.to_values(job.error) if job.error else None,
-                left_out=job.left_out,
-            )
-            if self._guarded(job, end):
-                self._touch(job.conversation_id)
-                del self._jobs[job.conversation_id]
-
-    def _guarded(self, job: Job, write: Callable[[], None]) -> bool:
-        """Write; a disk that refuses is shown on the job, whose text stays in memory until the next try."""
-        try:
-            write()
-        except NotFound:
-            log.warning("the conversation of a reply is gone")
-        except Exception as error:
-            if job.save_error is None:
-                log.exception("saving a reply failed")
-            job.save_error = (
-                error if isinstance(error, GlmuiError) else StoreError("database_error", detail=error)
-            )
-            job.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
-            job.revision += 1
-            return False
-        job.save_error = None
-        return True
+    def _said(self, conversation_id: str) -> list[Message]:
+        """The conversation as a model is shown it: without replies of which nothing came."""
+        thread = self.store.thread(conversation_id)
+        return [Message(m.role, m.content) for m in thread if m.content or m.role == "user"]
 
     # Conversations and their settings
 

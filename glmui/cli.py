@@ -30,6 +30,10 @@ COMMON: tuple[Flag, ...] = (
     ("--threads", {"metavar": "N", "type": int}),
     ("--log-level", {"choices": LOG_LEVELS}),
 )
+MEMORY: tuple[Flag, ...] = (
+    ("--layers-on-gpu", {"metavar": "N", "type": int}),
+    ("--context", {"metavar": "N", "type": int}),
+)
 EXTRAS: tuple[Flag, ...] = (
     ("--chatglm", {"dest": "chatglm_family", "choices": ("chatglm2", "chatglm3")}),
     ("--prefix", {"metavar": "DIR"}),
@@ -43,6 +47,7 @@ SERVE: tuple[Flag, ...] = (
     *EXTRAS,
     ("--starter", {"action": "store_true", "default": None}),
     ("--idle-minutes", {"metavar": "N", "type": float}),
+    *MEMORY,
     *COMMON,
 )
 PARAMS: tuple[Flag, ...] = (
@@ -62,6 +67,7 @@ CHAT: tuple[Flag, ...] = (
     ("--greedy", {"action": "store_true"}),
     ("--json", {"action": "store_true"}),
     *PARAMS,
+    *MEMORY,
     *COMMON,
 )
 BENCH: tuple[Flag, ...] = (
@@ -70,7 +76,9 @@ BENCH: tuple[Flag, ...] = (
     ("--suite", {"metavar": "appendix", "choices": ("appendix",)}),
     ("--baseline", {"metavar": "NAME|DIR"}),
     ("--html", {"metavar": "FILE"}),
+    ("--vram-cap", {"metavar": "GIB", "type": float}),
     ("--json", {"action": "store_true"}),
+    *MEMORY,
     *COMMON,
 )
 DOCTOR: tuple[Flag, ...] = (
@@ -98,8 +106,10 @@ PLAN: tuple[Flag, ...] = (
     ("--model", {"metavar": "NAME|DIR"}),
     ("--vram", {"metavar": "GIB", "type": float, "action": "append", "default": []}),
     ("--ram", {"metavar": "GIB", "type": float}),
-    ("--context", {"metavar": "N", "type": int}),
-    ("--layers-on-gpu", {"metavar": "N", "type": int}),
+    *MEMORY,
+    ("--vram-reserve-gb", {"metavar": "GB", "type": float}),
+    ("--head-bits", {"choices": ("16", "8")}),
+    ("--kv-cache", {"choices": ("auto", "fp32", "fp16", "bf16", "int8")}),
     ("--quantize", {"choices": ("none", "int8", "int4")}),
     ("--json", {"action": "store_true"}),
     *COMMON,
@@ -147,7 +157,7 @@ def bench(options: argparse.Namespace, language: str) -> int:
     from glmui.errors import InvalidInput
     from glmui.tools.bench import Wish, run
 
-    loaded = _load(options, "model")
+    loaded = _load(options, "model", *_MEMORY_SETTINGS)
     if (options.model and options.random) or not (loaded.model or options.random):
         raise InvalidInput("bench_model_or_random")
     if options.suite:
@@ -159,7 +169,7 @@ def bench(options: argparse.Namespace, language: str) -> int:
         return suite.run(wish, loaded, language)
     if options.baseline or options.html:
         raise InvalidInput("bench_suite_missing")
-    return run(Wish(loaded.model, options.random or "", options.json), loaded, language)
+    return run(Wish(loaded.model, options.random or "", options.vram_cap, options.json), loaded, language)
 
 
 def doctor(options: argparse.Namespace, language: str) -> int:
@@ -199,19 +209,11 @@ def plan(options: argparse.Namespace, language: str) -> int:
     from glmui.errors import InvalidInput
     from glmui.tools.plan import Wish, run
 
-    loaded = _load(options, "model", "quantize")
+    held = ("quantize", "head_bits", "kv_cache", "vram_reserve_gb")
+    loaded = _load(options, "model", *held, *_MEMORY_SETTINGS)
     if not loaded.model:
         raise InvalidInput("model_not_named")
-    wish = Wish(
-        loaded.model,
-        tuple(options.vram),
-        options.ram,
-        options.context,
-        options.layers_on_gpu,
-        loaded.quantize,
-        options.json,
-    )
-    return run(wish, loaded, language)
+    return run(Wish(tuple(options.vram), options.ram, options.json), loaded, language)
 
 
 def models(options: argparse.Namespace, language: str) -> int:
@@ -232,13 +234,20 @@ def models(options: argparse.Namespace, language: str) -> int:
     return run(wish, loaded, language, ask_here())
 
 
-_MODEL_SETTINGS = ("model", "chatglm_family", "prefix", "adapter")
+_MEMORY_SETTINGS = ("layers_on_gpu", "context")
+_MODEL_SETTINGS = ("model", "chatglm_family", "prefix", "adapter", *_MEMORY_SETTINGS)
 _COMMON_SETTINGS = ("data_dir", "device", "threads", "log_level")
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The flags that are settings: those of `names`, and those that every command has."""
-    return {name: getattr(options, name) for name in (*names, *_COMMON_SETTINGS)}
+    """The flags that are settings: those of `names`, and those that every command has.
+
+    So many layers on the card means the others on the CPU, unless a device is named.
+    """
+    given = {name: getattr(options, name) for name in (*names, *_COMMON_SETTINGS)}
+    if given.get("layers_on_gpu") is not None and given["device"] is None:
+        given["device"] = "mixed"
+    return given
 
 
 def _load(options: argparse.Namespace, *names: str) -> Settings:

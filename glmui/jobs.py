@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from glmui.errors import Busy, GlmuiError
-from glmui.types import Chunk, FinishReason, Progress, Usage
+from glmui.types import USUAL, Chunk, FinishReason, Once, Progress, Usage
 
 MAX_WAITING = 32
 MAX_PER_CLIENT = 2
@@ -27,6 +27,7 @@ class Job:
     conversation_id: str
     client: str  # whose turn it is: a browser tab, later an API key
     content: str = ""
+    once: Once = USUAL
     tokens: int = 0
     progress: Progress | None = field(default_factory=lambda: Progress("queued"))
     left_out: int = 0

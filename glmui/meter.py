@@ -34,10 +34,20 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
+class User:
+    """A program on a card. size: bytes it holds there, or None where the driver does not tell (Windows)."""
+
+    pid: int
+    name: str
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One look at the memory. Bytes, or None where unknown.
 
-    engine_rss: what the engine process holds of the RAM. gpu_error: "no_driver" where there is
+    engine_rss: what the engine process holds of the RAM; engine_private: without the files it has mapped,
+    which is what its end gives back. gpu_error: "no_driver" where there is
     none, "unknown" where something about the cards could not be read.
     """
 
@@ -46,6 +56,7 @@ class Reading:
     ram_total: int | None
     engine_rss: int | None
     gpu_error: GpuError
+    engine_private: int | None = None
 
 
 class Meter:
@@ -66,7 +77,15 @@ class Meter:
     def read(self, engine_pid: int | None) -> Reading:
         with self._lock:
             cards = self._read_cards(engine_pid)
-            return Reading(cards, *_ram(), _rss(engine_pid), self._error)
+            return Reading(cards, *_ram(), _rss(engine_pid), self._error, _private(engine_pid))
+
+    def users(self, index: int, most: int = 3) -> tuple[User, ...]:
+        """The programs that hold most of a card's memory, the biggest first; () where that is not told."""
+        with self._lock:
+            self._start_where_due()
+            sizes = self._sizes(self._ask("nvmlDeviceGetHandleByIndex", index))
+        known = [User(pid, name, size) for pid, size in sizes.items() if (name := _name(pid))]
+        return tuple(sorted(known, key=lambda user: -(user.size or 0))[:most])
 
     def close(self) -> None:
         """Let NVML go. A later `read` takes it up again."""
@@ -75,8 +94,7 @@ class Meter:
             self._error, self._retry_at = "", self._clock()
 
     def _read_cards(self, engine_pid: int | None) -> tuple[Card, ...]:
-        if (self._nvml is None or self._error) and self._clock() >= self._retry_at:
-            self._start()
+        self._start_where_due()
         if self._nvml is None:
             return ()
         self._error = ""
@@ -111,12 +129,28 @@ class Meter:
                     return _size(process, "usedGpuMemory")
         return None
 
+    def _sizes(self, handle: Any) -> dict[int, int | None]:
+        """What each process holds of a card. One that computes and draws stands in both lists."""
+        sizes: dict[int, int | None] = {}
+        if handle is None:
+            return sizes
+        for kind in ("Compute", "Graphics"):
+            with suppress(Exception):
+                for process in self._ask(f"nvmlDeviceGet{kind}RunningProcesses", handle) or ():
+                    size = _size(process, "usedGpuMemory")
+                    sizes[process.pid] = max(filter(None, (sizes.get(process.pid), size)), default=size)
+        return sizes
+
     def _ask(self, name: str, *arguments: Any) -> Any:
         """NVML's answer, or None where it gives none."""
         try:
             return getattr(self._nvml, name)(*arguments)
         except Exception:
             return None
+
+    def _start_where_due(self) -> None:
+        if (self._nvml is None or self._error) and self._clock() >= self._retry_at:
+            self._start()
 
     def _start(self) -> None:
         self._shut_down()
@@ -164,6 +198,28 @@ def _rss(pid: int | None) -> int | None:
         return _size(psutil.Process(pid).memory_info(), "rss")
     except Exception:
         return None
+
+
+def _private(pid: int | None) -> int | None:
+    if pid is None:
+        return None
+    try:
+        import psutil
+
+        held = psutil.Process(pid).memory_info()
+        return max(0, int(getattr(held, "private", held.rss) - getattr(held, "shared", 0)))
+    except Exception:
+        return None
+
+
+def _name(pid: int) -> str:
+    """A process's name, "" where there is none of that number that we may look at."""
+    try:
+        import psutil
+
+        return psutil.Process(pid).name()
+    except Exception:
+        return ""
 
 
 def _size(holder: Any, name: str) -> int | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glmui.errors import InvalidInput
-from glmui.types import GenerationParams, Message, TokenCounter
+from glmui.types import BOUNDS, ChatSettings, GenerationParams, Message, TokenCounter
 
 # A prompt may fill max_length up to this part; the rest is kept free for the reply.
 REPLY_SHARE = 0.25
+# Where memory is what is scarce, the reply is kept this much of it: a few paragraphs.
+REPLY_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +23,64 @@ class Prompt:
     left_out: int
 
 
-def token_budget(params: GenerationParams, context_length: int = 0, limit: int | None = None) -> int:
-    """Tokens a prompt may have so that a reply still fits under max_length.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Tokens of prompt and reply together, 0 where unknown. trained: what the model was trained for.
+    room: what memory has room for."""
 
-    context_length: what the model was trained for (0: unknown). limit: the user's own history budget.
-    """
-    length = min(params.max_length, context_length or params.max_length)
+    trained: int = 0
+    room: int = 0
+
+    def length(self, params: GenerationParams) -> int:
+        """What max_length comes to with this model, whatever memory has room for."""
+        return min(params.max_length, self.trained or params.max_length)
+
+    def within(self, params: GenerationParams) -> Limits:
+        """The same with no more room than max_length can use: what changes beyond it changes nothing."""
+        return replace(self, room=min(self.room, self.length(params)))
+
+    def bounded(self, params: GenerationParams) -> GenerationParams:
+        """The parameters with a max_length that memory has room for, as far as BOUNDS let it be so small."""
+        lowest = int(BOUNDS["max_length"][0])
+        return replace(params, max_length=max(lowest, min(params.max_length, self.room or params.max_length)))
+
+
+NO_LIMITS = Limits()
+
+
+def token_budget(params: GenerationParams, limits: Limits = NO_LIMITS, most: int | None = None) -> int:
+    """Tokens a prompt may have so that a reply still fits. most: the user's own history budget."""
+    length = limits.length(params)
     reply = params.max_new_tokens or int(length * REPLY_SHARE)
     budget = max(length - reply, length // 2)
-    return min(budget, limit) if limit else budget
+    if 0 < limits.room < length:
+        budget = min(budget, limits.room - reply_wish(params, limits.room))
+    return min(budget, most) if most else budget
+
+
+def reply_wish(params: GenerationParams, room: int) -> int:
+    """Tokens that are kept for a reply where memory has room for `room` in all."""
+    return min(params.max_new_tokens or REPLY_TOKENS, room // 2)
+
+
+def compose(
+    messages: Sequence[Message], settings: ChatSettings, count: TokenCounter, limits: Limits = NO_LIMITS
+) -> Prompt:
+    """What the model sees of a conversation. Raises InvalidInput: "prompt_too_long", "prompt_beyond_memory",
+    "empty_message"."""
+    if settings.system.strip():
+        messages = [Message("system", settings.system.strip()), *messages]
+    most = settings.history_tokens if settings.history == "tokens" else None
+    prompt = fit(
+        messages,
+        count,
+        token_budget(settings.params, limits, most),
+        hard_limit=limits.length(settings.params) - 1,
+        max_rounds=settings.history_rounds if settings.history == "rounds" else None,
+    )
+    if 0 < limits.room <= prompt.tokens:
+        raise InvalidInput("prompt_beyond_memory", tokens=prompt.tokens, room=limits.room)
+    return prompt
 
 
 def fit(

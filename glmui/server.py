@@ -28,6 +28,9 @@ from glmui.splash import Splash
 if TYPE_CHECKING:
     import socket
 
+    from glmui.engine.forecast import Forecast
+    from glmui.types import EngineSpec
+
 log = logging.getLogger(__name__)
 
 TRASH_SECONDS = 30 * 86400  # so long a deleted conversation can be brought back
@@ -241,7 +244,9 @@ def build_app(settings: Settings) -> House:
     from glmui.choice import Choice
     from glmui.downloads import Downloads
     from glmui.engine.client import EngineClient
+    from glmui.engine.forecast import forecast
     from glmui.meter import Meter
+    from glmui.spill import SpillWatch
     from glmui.store import Store
     from glmui.text import open_counter
 
@@ -260,9 +265,15 @@ def build_app(settings: Settings) -> House:
         )  # a vocabulary takes a while
         choice, meter = Choice(settings), Meter()
         store.purge(time.time() - TRASH_SECONDS)
-        engine = EngineClient(idle_seconds=settings.idle_minutes * 60)
+        spill = SpillWatch(meter, settings.data_dir)
+        engine = EngineClient(idle_seconds=settings.idle_minutes * 60, remark=spill.remark)
+
+        def foresee(spec: EngineSpec) -> Forecast | None:
+            pid = engine.info().pid
+            return forecast(spec, meter.read(pid), pid is not None)
+
         service = ChatService(
-            store, engine, choice.spec, lambda spec: counter(spec.folder, spec.chatglm_family)
+            store, engine, choice.spec, lambda spec: counter(spec.folder, spec.chatglm_family), foresee
         )
         downloads = Downloads(lambda: choice.settings, choice.take_up)
         app = FastAPI(openapi_url=None)

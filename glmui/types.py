@@ -16,8 +16,9 @@ Role = Literal["system", "user", "assistant", "observation"]  # observation: wha
 FinishReason = Literal["stop", "length", "cancelled", "error", "interrupted"]
 EngineState = Literal["asleep", "loading", "ready", "failed"]
 Stage = Literal[
-    "fetching", "checking", "converting", "queued", "starting", "loading", "packing", "prefill", "decode"
-]
+    "fetching", "checking", "converting", "queued", "starting", "compiling", "loading", "packing", "prefill",
+    "decode",
+]  # fmt: skip
 
 # Bounds of every generation parameter: (lowest, highest). The page, the command line and the
 # API all read them here.
@@ -70,6 +71,18 @@ class GenerationParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Once:
+    """What one reply alone is asked for with. max_new_tokens: None for as the settings have it.
+    device: where the model is held for it, "" for where it is always held."""
+
+    max_new_tokens: int | None = None
+    device: str = ""
+
+
+USUAL = Once()
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Where a reply stands before its first token, or a download. `fraction` is 0..1, None when unknown.
 
@@ -107,7 +120,7 @@ class Chunk:
     text: what is new, whole characters only. tokens: completion tokens so far.
     progress: set while there is no text yet (loading, prefill).
     finish_reason, usage: set on the last chunk only.
-    note: a key of the locales' "notes" to be shown under the reply ("repetition" …), or "".
+    note: what is to be shown under the reply ("repetition" …; see notes.py), or "".
     """
 
     text: str = ""
@@ -158,7 +171,8 @@ class EngineSpec:
     the plan's choice. vram_reserve: bytes of each card that are left to others. vram_cap: bytes of each card
     that are looked at as if there were no more, 0 for all.
     chatglm_family: "chatglm2" or "chatglm3" for a folder whose files fit both, else "".
-    packed_dir: where weights in the CPU kernels' order are kept, "" for nowhere.
+    packed_dir: where weights in the CPU kernels' order are kept, "" for nowhere. kernel_dir: where built
+    kernels are kept, "" for the account's cache.
     prefix, adapter: folders of ChatGLM's extras, "" for none.
     """
 
@@ -178,6 +192,7 @@ class EngineSpec:
     vram_cap: int = 0
     chatglm_family: str = ""
     packed_dir: str = ""
+    kernel_dir: str = ""
     stop_repetition: bool = True
     prefix: str = ""
     adapter: str = ""

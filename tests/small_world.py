@@ -10,7 +10,8 @@ from glmui.chat import ChatService
 from glmui.choice import Choice
 from glmui.downloads import Downloads
 from glmui.engine.echo import EchoEngine
-from glmui.meter import Meter
+from glmui.engine.forecast import Forecast, forecast
+from glmui.meter import Meter, Reading
 from glmui.settings import Settings
 from glmui.store import Store, StoredMessage
 from glmui.text import pieces
@@ -19,6 +20,22 @@ from glmui.ui.desk import Desk
 from glmui.ui.shelf import Shelf
 
 ECHO = EngineSpec("echo", "echo")
+BLIND = Reading((), None, None, None, "no_driver")
+
+
+def foresee(spec: EngineSpec) -> Forecast | None:
+    """The forecast for the machine that the scripted engine pretends, whatever this one is."""
+    return forecast(spec, BLIND, False)
+
+
+def echo_with_room(tokens: int) -> EngineSpec:
+    """The scripted engine on a pretended card where a conversation may have about so many tokens."""
+    for tenths in range(300, 900):
+        spec = EngineSpec(f"echo vram={tenths / 100}", "echo", device="cuda")
+        found = foresee(spec)
+        if found and found.room >= tokens:
+            return spec
+    raise AssertionError("no card is large enough")
 
 
 class Echo(EchoEngine):
@@ -41,7 +58,10 @@ class World:
         self.folder = folder
         self.engine = Echo()
         self.store = Store.open(folder)
-        self.service = ChatService(self.store, self.engine, lambda: spec, lambda _: pieces.count)
+        self.spec = spec
+        self.service = ChatService(
+            self.store, self.engine, lambda: self.spec, lambda _: pieces.count, foresee
+        )
 
     def desk(self, model: str = "echo", meter: Meter | None = None) -> Desk:
         """What the page of this world works with."""

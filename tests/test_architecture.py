@@ -23,10 +23,12 @@ FLOORS = {
     "glmui.prompts": 0,
     "glmui.durable": 0,
     "glmui.i18n": 0,
+    "glmui.notes": 0,
     "glmui.text": 1,
     "glmui.store": 1,
     "glmui.knowledge": 1,
     "glmui.meter": 1,
+    "glmui.spill": 1,
     "glmui.logs": 1,
     "glmui.confined": 1,
     "glmui.confinement": 1,
@@ -36,6 +38,8 @@ FLOORS = {
     "glmui.hub": 3,
     "glmui.chat": 4,
     "glmui.jobs": 4,
+    "glmui.saving": 4,
+    "glmui.outlook": 4,
     "glmui.choice": 4,
     "glmui.downloads": 4,
     "glmui.listen": 4,
@@ -50,7 +54,10 @@ FLOORS = {
     "glmui.__main__": 6,
 }
 WITHOUT_TORCH = {0, 1, 4, 5, 6}  # floors
-ALSO_WITHOUT_TORCH = {f"glmui.engine.{name}" for name in ("client", "plan", "remote", "echo")}
+ALSO_WITHOUT_TORCH = {
+    f"glmui.engine.{name}"
+    for name in ("client", "plan", "model_size", "fitting", "forecast", "pretended", "remote", "echo")
+}
 HEAVY = {"torch", "transformers"}
 
 

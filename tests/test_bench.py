@@ -16,11 +16,10 @@ import torch
 
 from glmui import cli, i18n
 from glmui.engine import measure, random_model
-from glmui.engine.chatglm import cache_dtype
 from glmui.engine.families import open_family
 from glmui.engine.figures import Figures, NotMeasured, decode_rate, median_of
+from glmui.engine.placement import cache_dtype
 from glmui.engine.probe import ReadProbe
-from glmui.engine.subjects import subject_of
 from glmui.errors import EngineError, FetchError
 from glmui.tools.bench_results import Results, of_limit, table
 from glmui.types import EngineInfo, EngineSpec
@@ -48,7 +47,7 @@ def filled(**changes: Any) -> Results:
             model="m", dtype="int4", device="cpu", threads=2, kernel="avx2", cpu_precision="fast"
         ),
         load_s=[4.25, 1.5],
-        tok_s={
+        rows={
             "prefill_tok_s": {"32": 9.0, "128": 10.5, "512": 11.0},
             "decode_tok_s": {"128": 4.0, "1024": 3.0},
             "batch_tok_s": {"1": 4.0, "2": 7.5, "4": 12.0, "8": 1234.5},
@@ -97,17 +96,17 @@ def test_the_table_is_aligned_and_has_units(language: str, decode: str, batch: s
 
 def test_a_figure_that_is_missing_is_said() -> None:
     results = filled(missing=[("batch_tok_s", "4", "no_batch")])
-    results.tok_s["batch_tok_s"]["4"] = None
+    results.rows["batch_tok_s"]["4"] = None
     shown = lines(results, "en")
     assert "Not measured: decode, batch of 4" in shown[-1]
     assert next(line for line in shown if line.startswith("decode, batch of 4")).endswith("-")
     assert results.as_json()["batch_tok_s"]["4"] is None
 
 
-def test_on_a_card_there_is_no_read_limit() -> None:
-    results = filled(info=EngineInfo(device="cuda:0"), limits=[])
+def test_spread_over_two_memories_there_is_no_limit() -> None:
+    results = filled(info=EngineInfo(device="mixed"), limits=[])
     assert results.as_json()["decode_of_limit"] is None
-    assert "not in this computer's memory" in lines(results, "en")[-1]
+    assert "not in one memory" in lines(results, "en")[-1]
 
 
 @pytest.mark.slow
@@ -133,7 +132,7 @@ def test_the_whole_command_on_a_small_model(tmp_path: Path) -> None:
 def test_a_transformers_model_decodes_one_row(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path / "llama")
     engine = open_family(EngineSpec("llama", str(folder), "cpu", 1), lambda progress: None)
-    subject, described = subject_of(engine), json.loads((folder / "config.json").read_text())
+    subject, described = measure.subject_of(engine), json.loads((folder / "config.json").read_text())
     subject.prefill(8)
     rows = subject.at(16, 1)
     rows.reset()
@@ -151,7 +150,7 @@ def test_chatglm_reads_all_of_its_weights_and_its_cache(tmp_path: Path) -> None:
     random_model.write(tmp_path, "tiny")
     config = random_model.SIZES["tiny"]
     spec = EngineSpec("tiny", str(tmp_path), "cpu", 1)
-    subject = subject_of(open_family(spec, lambda progress: None))
+    subject = measure.subject_of(open_family(spec, lambda progress: None))
     stored = sum(random_model.bytes_of(dtype, shape) for _, dtype, shape in random_model.tensors_of(config))
     assert stored <= subject.weight_bytes < 1.01 * stored  # the embedding in float16 as in the file
     subject.prefill(8)

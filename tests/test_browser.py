@@ -6,64 +6,33 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
-import signal
-import socket
-import sqlite3
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from tests.hub_server import StandInHub
+from tests.running_app import (
+    MARKS,
+    PATIENCE,
+    App,
+    chromium,
+    last_reply,
+    opened,
+    page_context,
+    running_app,
+    say,
+    use_model,
+    wait_for_text,
+    wait_until_done,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 30_000  # ms: the machine may be busy with other tests
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        not CHROMIUM and not os.environ.get("CI"), reason="no Chromium here (Debian: chromium)"
-    ),
-]
-
-
-@dataclass
-class App:
-    """A running `python app.py`, and every address its pages asked for."""
-
-    process: subprocess.Popen[str]
-    port: int
-    data: Path
-    asked: list[str] = field(default_factory=list)
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def engine(self) -> psutil.Process:
-        """The engine process: the child that is not multiprocessing's resource tracker."""
-        children = psutil.Process(self.process.pid).children()
-        return next(c for c in children if "resource_tracker" not in " ".join(c.cmdline()))
-
-    def saved(self, like: str) -> list[tuple[str, str]]:
-        """(state, content) of saved replies whose text is like this."""
-        with sqlite3.connect(f"file:{self.data / 'glmui.db'}?mode=ro", uri=True) as connection:
-            query = "SELECT state, content FROM messages WHERE role = 'assistant' AND content LIKE ?"
-            rows = connection.execute(query, (like,)).fetchall()
-        connection.close()
-        return rows
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -79,98 +48,27 @@ def app(tmp_path_factory: pytest.TempPathFactory, starter_data: Path, hub: Stand
     data = tmp_path_factory.mktemp("data")
     (data / "models").mkdir()
     (data / "models" / "starter").symlink_to(starter_data / "models" / "starter")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        str(ROOT / "app.py"),
-        "--no-browser",
-        "--port",
-        str(port),
-        "--data-dir",
-        str(data),
-    ]
-    environment = {**os.environ, "LANG": "C.UTF-8", "PYTHONWARNINGS": "default"}
-    environment["GLMUI_MODEL_SOURCES"] = hub.address
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    app = App(process, port, data)
-    _wait_until_ready(app)
-    yield app
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    out, _ = process.communicate(timeout=10)
-    assert time.monotonic() - began < 5, "SIGTERM with pages open took too long"
-    assert "Traceback" not in out
-    log = (data / "logs" / "glmui.log").read_text(encoding="utf-8")
-    assert "Traceback" not in log, log
-
-
-def _wait_until_ready(app: App) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(f"{app.address}glmui/whoami", timeout=5) as answer:
-                if b'"ready": true' in answer.read().replace(b'":true', b'": true'):
-                    return
-        except OSError:
-            pass
-        assert app.process.poll() is None, app.process.communicate()[0]
-        time.sleep(0.1)
-    raise AssertionError("the app did not come up")
+    with running_app(data, GLMUI_MODEL_SOURCES=hub.address) as app:
+        yield app
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def context(browser: Browser, app: App) -> Iterator[BrowserContext]:
-    yield from _context(browser, app, {"width": 1440, "height": 900})
+    yield from page_context(browser, app, {"width": 1440, "height": 900})
 
 
 @pytest.fixture
 def phone(browser: Browser, app: App) -> Iterator[BrowserContext]:
-    yield from _context(browser, app, {"width": 390, "height": 844})
-
-
-def _context(browser: Browser, app: App, size: dict[str, int]) -> Iterator[BrowserContext]:
-    context = browser.new_context(viewport=size, locale="en-US")  # type: ignore[arg-type]
-    context.on("request", lambda request: app.asked.append(request.url))
-    context.set_default_timeout(PATIENCE)
-    yield context
-    context.close()
-
-
-def opened(context: BrowserContext, app: App, path: str = "") -> Page:
-    page = context.new_page()
-    page.goto(app.address + path)
-    page.locator("#box textarea").wait_for()
-    expect(page.locator("#engine .chip")).to_be_visible(timeout=PATIENCE)
-    return page
-
-
-def say(page: Page, text: str) -> None:
-    box = page.locator("#box textarea")
-    box.fill(text)
-    box.press("Enter")
+    yield from page_context(browser, app, {"width": 390, "height": 844})
 
 
 # "/echo tokens=240" says "word " a hundred and twenty times: the word and the blank are a token each.
-
-
-def last_reply(page: Page) -> str:
-    return page.locator("#thread .bot-row .message").last.inner_text()
-
-
-def wait_for_text(page: Page, text: str | re.Pattern[str]) -> None:
-    expect(page.locator("#thread .bot-row .message").last).to_contain_text(text, timeout=PATIENCE)
 
 
 def check_that_it_answers(page: Page, app: App) -> None:
@@ -183,17 +81,6 @@ def check_that_it_answers(page: Page, app: App) -> None:
     wait_until_done(page)
     expect(page.locator("#status")).to_contain_text("tokens/s", timeout=PATIENCE)
     assert any(state == "done" for state, _ in app.saved("%"))
-
-
-def wait_until_done(page: Page) -> None:
-    expect(page.locator("#box .submit-button")).to_be_visible(timeout=PATIENCE)
-    expect(page.locator("#status .busy")).to_have_count(0, timeout=PATIENCE)
-
-
-def use_model(page: Page, name: str) -> None:
-    page.locator("#folder textarea, #folder input").fill(name)
-    page.locator("#use-folder").click()
-    expect(page.locator("#engine .chip")).to_contain_text(Path(name).name, timeout=PATIENCE)
 
 
 # The tests below share the server and run in this order: the first finds no model chosen.

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
+from glmui import notes
+from glmui.chat import ChatService
+from glmui.engine.client import EngineClient
 from glmui.errors import Busy, InvalidInput, ModelError, StoreError
 from glmui.store import Store
+from glmui.text import pieces
 from glmui.types import ChatSettings, GenerationParams
-from tests.small_world import World, wait_for
+from tests.small_world import ECHO, World, wait_for
 
 
 @pytest.fixture
@@ -235,3 +239,17 @@ def test_every_change_is_told_to_those_who_look(world: World) -> None:
     assert moved()
     world.service.restore(here)
     assert moved()
+
+
+def test_a_prompt_too_long_for_what_memory_turns_out_to_hold_is_cut(tmp_path: Path) -> None:
+    engine = EngineClient(ECHO)
+    service = ChatService(Store.open(tmp_path), engine, lambda: ECHO, lambda _: pieces.count)
+    here = service.new_conversation(ChatSettings()).id
+    for text in (*(f"message {number} " + "word " * 60 for number in range(4)), "/echo context=512"):
+        service.send(here, text)
+        wait_for(lambda: service.live(here) is None)
+    answer = service.store.thread(here)[-1]
+    assert (answer.content, answer.state) == ("context=512", "done")
+    assert answer.left_out > 0
+    assert answer.note == notes.note("memory_context", tokens=512)
+    service.close()

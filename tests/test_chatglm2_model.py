@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glmui.engine.decoders import ChatGLM2Decoder
-from glmui.glm import parts as glm_parts
 from glmui.glm.chatglm2 import ChatGLM2Model
 from glmui.glm.checkpoint import everything_on, load_model, read_folder
 from glmui.glm.config import GLM2Config
@@ -201,7 +200,7 @@ def test_a_prompt_in_pieces_gives_the_same(opened: Open, monkeypatch: pytest.Mon
     model = opened("chatglm2", "int4")
     ids = torch.tensor([max((case["input_ids"] for case in prompts("chatglm2", "int4")), key=len)])
     whole = model(ids)
-    monkeypatch.setattr(glm_parts, "PIECE", 7)
+    monkeypatch.setattr(model, "piece", 7)
     parts: list[float] = []
     assert (model(ids, on_piece=parts.append) - whole).abs().max() < TOLERANCE
     assert parts == sorted(parts)
@@ -253,8 +252,8 @@ def test_only_what_is_new_is_read(opened: Open, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_stopping_keeps_whole_pieces(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glm_parts, "PIECE", 16)
     decoder = ChatGLM2Decoder(opened("chatglm3", "fp16"))
+    monkeypatch.setattr(decoder.model, "piece", 16)
     ids = prompts("chatglm3", "fp16")[-1]["input_ids"][:64]
 
     def stop(part: float) -> None:

@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmui.engine.chatglm import device_map, placement
 from glmui.engine.decoders import ChatGLMDecoder
 from glmui.engine.families import open_family
 from glmui.engine.loaded import LoadedEngine
-from glmui.engine.plan import Plan
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import load_model
-from glmui.glm.config import GLMConfig
 from glmui.text import open_counter
 from glmui.types import ChatEngine, Chunk, EngineSpec, GenerationParams, Message, Progress
 from tests.chatglm_fixture import KINDS, copy_checkpoint, goldens
@@ -196,66 +193,6 @@ def test_wrong_vocabulary_is_one_clear_sentence(tiny_chatglm: Folder, tmp_path: 
     with pytest.raises(ModelError) as caught:
         open_family(spec(folder), lambda progress: None)
     assert caught.value.code == "model_wrong_vocabulary"
-
-
-# Where the layers go
-
-
-FULL = GLMConfig(130528, 4096, 16384, 28, 32)
-
-
-@pytest.mark.parametrize(
-    ("wish", "free", "device"),
-    [
-        ("auto", (6 * 2**30,), "cuda:0"),
-        ("auto", (4 * 2**30,), "mixed"),
-        ("auto", (4 * 2**30, 4 * 2**30), "mixed"),
-        ("auto", (2**30,), "cpu"),
-        ("auto", (), "cpu"),
-        ("mixed", (6 * 2**30,), "cuda:0"),
-        ("cuda", (2**30,), "cuda:0"),
-    ],
-)
-def test_the_plan_is_followed(
-    wish: str, free: tuple[int, ...], device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("glmui.engine.chatglm.devices.free_on_cards", lambda: free)
-    there = [f"cuda:{n}" for n in range(len(free))]
-    monkeypatch.setattr("glmui.engine.chatglm.devices.available_devices", lambda: [*there, "cpu"])
-    where = placement(wish, FULL, bits=4)
-    assert where.device == device
-    first, _ = where.place("transformer.layers.0.mlp.dense_h_to_4h.weight")
-    last, dtype = where.place("transformer.layers.27.mlp.dense_h_to_4h.weight")
-    assert str(first) == ("cpu" if device == "cpu" else "cuda:0")
-    spread = {(4 * 2**30,): "cpu", (4 * 2**30, 4 * 2**30): "cuda:1"}
-    assert str(last) == (spread[free] if device == "mixed" else str(first))
-    assert dtype == (torch.float32 if str(last) == "cpu" else torch.float16)
-
-
-def test_a_missing_card_is_said() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a card here")
-    for wish in ("cuda", "mixed"):
-        with pytest.raises(InvalidInput) as caught:
-            placement(wish, FULL)
-        assert caught.value.code == "device_missing"
-
-
-def test_mixed_puts_the_last_layers_on_the_cpu(tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a card: the "card" is the CPU in bfloat16, so that the seam between dtypes is real."""
-    layers = ("cpu:0", "cpu:0", "cpu:0", "cpu")
-    found = Plan(layers, "cpu:0", {}, {}, "spread")
-    monkeypatch.setattr("glmui.engine.chatglm.plan", lambda size, machine, wish: found)
-    where = placement("mixed", FULL, torch.bfloat16)
-    model = load_model(tiny_chatglm("int4"), where.place)
-    dtypes = [block.attention.dense.bias.dtype for block in model.transformer.layers]
-    assert dtypes == [torch.bfloat16] * 3 + [torch.float32]
-    assert model.transformer.final_layernorm.weight.dtype == torch.bfloat16
-    assert set(device_map(model).values()) == {"cpu"}
-    assert len(device_map(model)) == 4 + 3
-    with torch.inference_mode():
-        logits = model(torch.tensor([[5, 20, 130001, 130004]]), last_only=True)
-    assert logits.isfinite().all()
 
 
 def test_engine_is_the_protocol(engine: ChatEngine) -> None:

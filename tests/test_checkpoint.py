@@ -379,3 +379,29 @@ def test_names() -> None:
     assert published_name("lm_head.weight") is None
     assert published_name("transformer.layers.0.attention.rotary_emb.inv_freq") is None
     assert published_name(NORM) == NORM
+
+
+def test_what_was_copied_leaves_the_files_pages(
+    tiny_chatglm: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[Tensor] = []
+    monkeypatch.setattr("glmui.glm.checkpoint.release", released.append)
+    monkeypatch.setattr("glmui.glm.checkpoint._WORTH_RELEASING", 0)
+    load_model(tiny_chatglm("int4"), everything_on("cpu", None))
+    assert released == []
+    model = load_model(tiny_chatglm("fp16"), everything_on("cpu", torch.float32))
+    kept = {parameter.data_ptr() for parameter in model.parameters()}
+    blocks = model.get_submodule(model.BLOCKS)
+    matrices = [parameter.shape for parameter in blocks.parameters() if parameter.dim() == 2]
+    assert [tensor.shape for tensor in released if tensor.dim() == 2] == matrices
+    assert all(tensor.data_ptr() not in kept for tensor in released)
+
+
+def test_scales_are_not_rounded_to_bfloat16(tiny_chatglm: Callable[[str], Path]) -> None:
+    model = load_model(tiny_chatglm("int4"), everything_on("cpu", torch.bfloat16))
+    stored = load_model(tiny_chatglm("int4"), everything_on("cpu", None))
+    for (name, mine), theirs in zip(model.named_parameters(), stored.parameters(), strict=True):
+        if name.endswith("weight_scale"):
+            assert torch.equal(mine, theirs)
+        elif theirs.is_floating_point():
+            assert mine.dtype == torch.bfloat16

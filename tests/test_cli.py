@@ -88,6 +88,14 @@ def test_what_is_unknown_is_named(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_so_many_layers_on_the_card_means_the_others_on_the_cpu(served: list[Settings]) -> None:
+    assert cli.main(["--layers-on-gpu", "7", "--context", "1024"]) == 0
+    assert cli.main(["--layers-on-gpu", "7", "--device", "auto"]) == 0
+    assert cli.main([]) == 0
+    told = [(one.device, one.layers_on_gpu, one.context) for one in served]
+    assert told == [("mixed", 7, 1024), ("auto", 7, 2048), ("auto", None, 2048)]
+
+
 def test_serve_is_the_default_and_flags_become_settings(served: list[Settings], tmp_path: Path) -> None:
     assert cli.main([]) == 0
     assert cli.main(["serve"]) == 0

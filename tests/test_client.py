@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from glmui import notes
 from glmui.engine import client as client_module
+from glmui.engine import witness
 from glmui.engine.client import EngineClient
 from glmui.errors import EngineError, GlmuiError, ModelError
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message
@@ -50,6 +52,16 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def kill(client: EngineClient) -> None:
+    os.kill(pid_of(client), signal.SIGKILL)
+
+
+def stages_of(chunks: list[Chunk]) -> list[str]:
+    """The stages, each once where it was shown several times on end."""
+    stages = [chunk.progress.stage for chunk in chunks if chunk.progress]
+    return [stage for stage, before in zip(stages, ["", *stages], strict=False) if stage != before]
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 5) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -68,6 +80,14 @@ def shared() -> Iterator[EngineClient]:
 @pytest.fixture
 def client() -> Iterator[EngineClient]:
     client = EngineClient(ECHO, hang_seconds=0.5)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def patient() -> Iterator[EngineClient]:
+    """One that a busy machine does not make take its process for hung."""
+    client = EngineClient(ECHO)
     yield client
     client.close()
 
@@ -200,7 +220,7 @@ def test_closing_the_iterator_while_loading_leaves_nothing_to_generate() -> None
 
 def test_stop_while_loading_ends_the_load() -> None:
     client = EngineClient(EngineSpec("echo load=60", "echo"))
-    pids = []
+    pids: list[int] = []
 
     def stop(chunk: Chunk) -> None:
         if chunk.progress and chunk.progress.stage == "loading" and not pids:
@@ -261,14 +281,13 @@ def test_killed_while_idle(client: EngineClient) -> None:
     assert pid_of(client) != pid
 
 
-def test_memory_running_out_is_no_death(client: EngineClient) -> None:
+def test_being_killed_is_no_fault_of_the_engine(patient: EngineClient) -> None:
     for n in range(client_module.MOST_DEATHS + 1):
-        seen: list[Chunk] = []
         with pytest.raises(EngineError) as raised:
-            ask(client, "/echo oom", f"{n}", seen.append)
-        assert raised.value.code == "out_of_memory"
-        assert text_of(seen)
-    assert ask(client, "hello", "after")[-1].finish_reason == "stop"
+            ask(patient, ENDLESS, f"{n}", lambda chunk: kill(patient) if chunk.tokens == 1 else None)
+        assert raised.value.code == "engine_died"
+        assert patient.info().reason == ""
+    assert ask(patient, "hello", "after")[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("how", ["hang", "frozen"])
@@ -305,6 +324,160 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
             ask(client, "hello")
     assert client.info().pid is None
     client.close()
+
+
+# Memory
+
+
+@pytest.fixture
+def on_card() -> Iterator[EngineClient]:
+    """An engine that pretends to be on a card."""
+    client = EngineClient(EngineSpec("echo", "echo", device="cuda"))
+    yield client
+    client.close()
+
+
+def test_without_text_a_reply_begins_anew_with_less(on_card: EngineClient) -> None:
+    chunks = ask(on_card, "/echo piece=64")
+    assert stages_of(chunks) == ["starting", "loading", "prefill"] * 3
+    assert (text_of(chunks), chunks[-1].finish_reason) == ("piece=64", "stop")
+    assert chunks[-1].note == notes.note("memory_pieces", tokens=64)
+    assert on_card.info().reason == "reasons.memory_pieces"
+    pid = pid_of(on_card)
+    again = ask(on_card, "/echo piece=64", "2")
+    assert (pid_of(on_card), again[-1].note) == (pid, "")
+
+
+def test_layers_leave_the_card_in_the_end(on_card: EngineClient) -> None:
+    on_card.configure(EngineSpec("echo", "echo", device="mixed", layers_on_gpu=4))
+    assert ask(on_card, "/echo layers=2")[-1].note == notes.note("memory_layers", layers=2)
+    assert ask(on_card, "/echo layers=0", "2")[-1].note == "memory_cpu"
+    assert on_card.info().device == "cpu"
+    with pytest.raises(EngineError) as raised:
+        ask(on_card, "/echo oom context=100", "3")
+    assert raised.value.code == "memory_kept.context"
+
+
+def test_a_model_that_its_card_cannot_hold_loads_elsewhere(on_card: EngineClient) -> None:
+    on_card.configure(EngineSpec("echo layers=0", "echo", device="cuda"))
+    chunks = ask(on_card, "hello")
+    assert stages_of(chunks)[-3:] == ["starting", "loading", "prefill"]
+    assert (text_of(chunks), chunks[-1].note) == ("You said: hello", "memory_cpu")
+
+
+def test_a_model_that_nothing_can_hold_is_refused_each_time_anew(patient: EngineClient) -> None:
+    patient.configure(EngineSpec("echo piece=1", "echo"))
+    for n in range(client_module.MOST_DEATHS + 1):
+        with pytest.raises(EngineError) as raised:
+            ask(patient, "hello", f"{n}")
+        assert raised.value.code == "out_of_memory"
+    assert patient.info().state == "asleep"
+
+
+def test_text_is_kept_and_the_next_message_has_less(patient: EngineClient) -> None:
+    seen: list[Chunk] = []
+    with pytest.raises(EngineError) as raised:
+        ask(patient, "/echo oom context=1024 tokens=7", "1", seen.append)
+    assert text_of(seen)
+    assert seen[-1].tokens == 7
+    assert (raised.value.code, raised.value.values) == ("memory_kept.context", {"tokens": 1024})
+    began = time.monotonic()
+    chunks = ask(patient, "/echo oom context=1024 tokens=7", "2")
+    assert time.monotonic() - began < 10
+    assert (chunks[-1].finish_reason, chunks[-1].note) == ("stop", "")
+    assert patient.info().context_room == 1024
+
+
+def test_unloading_or_choosing_again_gives_back_what_was_taken(patient: EngineClient) -> None:
+    for undo in (patient.unload, lambda: patient.configure(EngineSpec("echo again", "echo"))):
+        with pytest.raises(EngineError):
+            ask(patient, "/echo oom", "1")
+        assert patient.info().reason == "reasons.memory_context"
+        undo()
+        assert patient.info().reason == ""
+        ask(patient, "hello", "2")
+        assert patient.info().context_room == 0
+
+
+def test_unloading_between_two_attempts_ends_the_reply(patient: EngineClient) -> None:
+    def unload(chunk: Chunk) -> None:
+        if chunk.progress and chunk.progress.stage == "starting":
+            starts.append(chunk)
+            if len(starts) == 2:
+                patient.unload()
+
+    starts: list[Chunk] = []
+    assert ask(patient, "/echo piece=64", "1", unload)[-1].finish_reason == "cancelled"
+    assert patient.info().pid is None
+
+
+def test_twenty_times_in_a_row(patient: EngineClient) -> None:
+    for n in range(20):
+        seen: list[Chunk] = []
+        with pytest.raises(EngineError) as raised:
+            ask(patient, "/echo oom tokens=2", f"{n}", seen.append)
+        assert raised.value.code in ("memory_kept.context", "out_of_memory")
+        assert text_of(seen)
+    began = time.monotonic()
+    assert ask(patient, "hello", "after")[-1].finish_reason == "stop"
+    assert time.monotonic() - began < 10
+
+
+@pytest.fixture
+def kill_for_memory(patient: EngineClient, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Kills the engine process as the kernel does, which counts it. Once."""
+    kills = [7]
+    monkeypatch.setattr(witness, "count_kills", lambda: kills[0])
+
+    def kill_it() -> None:
+        process = patient._process
+        if process and kills == [7]:
+            kill(patient)
+            assert wait_for(lambda: process.dead)
+            kills[0] = 8
+
+    return kill_it
+
+
+def test_killed_by_the_kernel_before_any_text(
+    patient: EngineClient, kill_for_memory: Callable[[], None]
+) -> None:
+    def then(chunk: Chunk) -> None:
+        if chunk.progress and chunk.progress.stage == "prefill":
+            kill_for_memory()
+
+    chunks = ask(patient, "/echo prefill=1", "1", then)
+    assert text_of(chunks) == "prefill=1"
+    assert chunks[-1].note == notes.note("memory_pieces", tokens=128)
+
+
+def test_killed_by_the_kernel_in_mid_reply(
+    patient: EngineClient, kill_for_memory: Callable[[], None]
+) -> None:
+    seen: list[Chunk] = []
+
+    def then(chunk: Chunk) -> None:
+        seen.append(chunk)
+        if chunk.tokens == 3:
+            kill_for_memory()
+
+    with pytest.raises(EngineError) as raised:
+        ask(patient, ENDLESS, "1", then)
+    assert raised.value.code == "memory_kept.context"
+    assert text_of(seen) == "word word"
+    assert ask(patient, "hello", "2")[-1].finish_reason == "stop"
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="Linux bounds another process's memory")
+def test_a_real_memory_error(patient: EngineClient) -> None:
+    ask(patient, "hello")
+    engine = psutil.Process(pid_of(patient))
+    bound = engine.memory_info().vms + 100_000_000
+    engine.rlimit(psutil.RLIMIT_AS, (bound, bound))
+    chunks = ask(patient, "/echo hog=200", "2")  # there is room for it in the next process
+    assert text_of(chunks) == "hog=200"
+    assert chunks[-1].note == notes.note("memory_pieces", tokens=128)
+    assert gone(engine.pid)
 
 
 # Giving memory back

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from glmui.errors import GlmuiError, InvalidInput, ModelError, NotFound
-from glmui.types import ChatSettings
+from glmui.outlook import Outlook
+from glmui.types import ChatSettings, Once
 from glmui.ui.desk import Desk
-from tests.small_world import World
+from tests.small_world import World, echo_with_room
 
 
 @pytest.fixture
@@ -131,3 +132,28 @@ def test_idle_minutes_reach_the_engine_and_the_file(desk: Desk, world: World) ->
     desk.choose(idle_minutes=5)
     assert world.engine.idle_seconds == 300
     assert "idle_minutes = 5" in (world.folder / "settings.toml").read_text()
+
+
+def test_what_is_offered_for_want_of_room_is_done_once_or_kept(desk: Desk) -> None:
+    outlook = Outlook(900, 1156, 1000, fits=False, reply_room=100, layers_to_move=4, layers_left=24)
+    assert desk.take_offer("leave_out", outlook) == Once()
+    assert desk.take_offer("shorter", outlook) == Once(max_new_tokens=100)
+    assert desk.take_offer("on_cpu", outlook) == Once(device="cpu")
+    assert desk.choice.settings.device == "auto"
+    assert desk.take_offer("move_layers", outlook) == Once()
+    assert (desk.choice.settings.device, desk.choice.settings.layers_on_gpu) == ("mixed", 24)
+
+
+def test_a_message_is_asked_about_only_where_something_helps(tmp_path: Path) -> None:
+    world = World(tmp_path, echo_with_room(1000))
+    desk = world.desk()
+    assert desk.outlook("", "hello", ChatSettings(), "tab") is None
+    found = desk.outlook("", "word " * 600, ChatSettings(), "tab")
+    assert found is not None
+    assert found.fits_on_cpu
+    assert desk.outlook("", "word " * 2000, ChatSettings(), "tab") is None, "max_length tells of it itself"
+    with pytest.raises(InvalidInput, match="empty"):
+        desk.outlook("", " ", ChatSettings(), "tab")
+    here = desk.send("", "/echo tokens=1000 speed=50", ChatSettings(), "tab")
+    assert desk.outlook(here, "word " * 600, ChatSettings(), "tab") is None, "it is busy"
+    world.service.close()

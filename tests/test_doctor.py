@@ -28,7 +28,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from glmui import i18n, listen
-from glmui.doctor import checks_data, checks_machine, checks_model, checks_python, checks_torch, report
+from glmui.doctor import (
+    checks_data,
+    checks_machine,
+    checks_model,
+    checks_plan,
+    checks_python,
+    checks_torch,
+    report,
+)
 from glmui.doctor.ask import Report, ask
 from glmui.doctor.examine import CHECKS, Check, examine, mend
 from glmui.doctor.finding import Finding, ok, problem
@@ -45,7 +53,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
 TORCH = {
     "doing": "", "version": "2.13.0+cpu", "build": None, "features": ["avx2"], "cpu": "Test 9000",
     "machine": "x86_64", "visible": False, "words": "", "architectures": [], "cards": [],
-    "kernel": "avx2", "reason": "reasons.kernels", "folder": "/nowhere", "said": "",
+    "kernel": "avx2", "reason": "reasons.kernels", "folder": "/nowhere", "said": "", "card_kernels": [],
 }  # fmt: skip
 CARD = {"name": "RTX 3060", "capability": [8, 6], "total": 6 * GB, "free": 5 * GB}
 ON_CARD = {"build": "12.6", "visible": True, "architectures": ["sm_80", "compute_90"], "cards": [CARD]}
@@ -139,7 +147,8 @@ def test_on_a_sound_machine_all_is_well(world: World) -> None:
     findings = examine(world)
     worse = [(f.name, f.detail("en")) for f in findings if f.status != "ok"]
     assert worse == [("model", "No model is chosen yet.")]
-    assert {f.name for f in findings} | {"vocabulary", "weights"} >= {check.__name__ for check in CHECKS}
+    quiet = {"vocabulary", "weights", "plan", "card_kernels"}  # where there is neither a model nor a card
+    assert {f.name for f in findings} | quiet >= {check.__name__ for check in CHECKS}
 
 
 def keys_in_the_code() -> dict[str, set[str]]:
@@ -282,7 +291,7 @@ def test_a_torch_that_cannot_be_imported(world: World, tmp_path: Path, source: s
         told = ask("glmui.engine.torch_facts", environ=environ, seconds=seconds)
     broken = replace(world, torch=lambda: told)
     assert found(checks_torch.torch, broken) == [key]
-    for check in (checks_torch.cuda, checks_torch.cpu, checks_torch.kernels):
+    for check in (checks_torch.cuda, checks_torch.cpu, checks_torch.kernels, checks_torch.card_kernels):
         assert list(check(broken)) == [], "one cause, one finding"
 
 
@@ -410,6 +419,49 @@ def test_kernels_that_cannot_be_built_say_what_the_compiler_said_and_are_built_a
     assert not cache.exists()
 
 
+def on_card(reason: str, kernel: str = "torch", **others: str) -> dict[str, Any]:
+    """What became of a card's kernels, as the process that tries them tells it."""
+    about = {"card": "RTX 3060", "kernel": kernel, "reason": f"reasons.{reason}", "folder": "/no", "said": ""}
+    return {**ON_CARD, "card_kernels": [{**about, **others}]}
+
+
+def test_a_cards_kernels_are_told_by_name(world: World) -> None:
+    real = with_torch(world, **on_card("card_kernels", "sm_86"))
+    assert found(checks_torch.card_kernels, real) == ["card_kernels_fine"]
+    [finding] = checks_torch.card_kernels(real)
+    assert "RTX 3060 (sm_86)" in finding.detail("en")
+
+
+@pytest.mark.parametrize(
+    ("facts", "ending", "key"),
+    [
+        (on_card("card_kernels_old_card"), "", "card_kernels_old_card"),
+        (on_card("card_kernels_other_card"), "", "card_kernels_other_card"),
+        (on_card("card_kernels_no_nvrtc"), "", "card_kernels_no_nvrtc"),
+        (on_card("card_kernels_no_room"), "", "card_kernels_no_room"),
+        (on_card("card_kernels_not_compiled"), "", "card_kernels_not_compiled"),
+        (on_card("card_kernels_not_loaded"), "", "card_kernels_not_loaded"),
+        ({**ON_CARD, "doing": "card_kernels"}, "time", "card_kernels_slow"),
+        ({**ON_CARD, "doing": "card_kernels"}, "SIGSEGV", "card_kernels_crash"),
+    ],
+)
+def test_why_a_cards_kernels_do_not_run(world: World, facts: dict[str, Any], ending: str, key: str) -> None:
+    assert found(checks_torch.card_kernels, with_torch(world, ending, **facts)) == [key]
+
+
+@pytest.mark.parametrize("key", ["card_kernels_part", "card_kernels_wrong", "card_kernels_not_compiled"])
+def test_kernels_that_fail_on_a_card_are_compiled_anew(world: World, tmp_path: Path, key: str) -> None:
+    cache = tmp_path / "cuda"
+    cache.mkdir()
+    (cache / "sm_86.trying").write_text("xx")
+    facts = on_card(key, folder=str(cache), said="linear_4_1_half is off by 0.7")
+    findings = list(checks_torch.card_kernels(with_torch(world, **facts)))
+    assert "off by 0.7" in findings[0].detail("en")
+    assert_told(findings[0])
+    assert [f.key for f in mend(findings)] == [key]
+    assert not cache.exists()
+
+
 # The machine
 
 
@@ -431,6 +483,46 @@ def test_memory_against_what_the_model_takes(world: World, size: int, key: str) 
     chosen = model_folder(world, size * GB)
     assert found(checks_machine.memory, chosen) == [key]
     assert found(checks_machine.memory, with_torch(chosen, **ON_CARD)) == ["memory_fine"]
+
+
+@pytest.mark.parametrize(
+    ("free", "changes", "said"),
+    [
+        (6, {}, ("plan_fine", "ok", "All 28 layers on the card", "about 2,040 tokens")),
+        (5.6, {}, ("plan_fine", "ok", "25 of 28 layers", "head_bits = 8")),
+        (5, {"head_bits": 8, "kv_cache": "int8"}, ("plan_fine", "ok", "All 28 layers", "room for 2048")),
+        (5.6, {"device": "cuda"}, ("plan_short", "warning", "As asked", "--context 1")),
+        (None, {}, ("plan_fine", "ok", "No card", "about 2,040 tokens")),
+    ],
+)
+def test_where_the_chosen_model_would_go(
+    world: World, free: float | None, changes: dict[str, Any], said: tuple[str, str, str, str]
+) -> None:
+    chosen = with_settings(world, model=str(shape_of_chatglm(world)), **changes)
+    if free is not None:
+        chosen = with_torch(chosen, **{**ON_CARD, "cards": [{**CARD, "free": int(free * GB)}]})
+    assert found(checks_plan.plan, chosen) == [said[0]]
+    (finding,) = checks_plan.plan(chosen)
+    assert finding.status == said[1]
+    for words in said[2:]:
+        assert words in finding.detail("en") + finding.cure("en")
+
+
+def test_where_no_plan_can_tell_the_others_do(world: World) -> None:
+    for model in ("", "gone", "echo"):
+        assert found(checks_plan.plan, with_settings(world, model=model)) == []
+    chosen = with_settings(world, model=str(shape_of_chatglm(world)), device="cuda:3")
+    assert found(checks_plan.plan, chosen) == []
+
+
+def shape_of_chatglm(world: World) -> Path:
+    """A folder that has no more of ChatGLM-6B-INT4 than its config.json."""
+    folder = world.data_dir / "models" / "chatglm-6b-int4"
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"hidden_size": 4096, "inner_hidden_size": 16384, "num_layers": 28, "num_attention_heads": 32}
+    values = {"model_type": "chatglm", "vocab_size": 130528, "quantization_bit": 4, **sizes}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
 
 
 def test_room_on_the_disks(world: World) -> None:

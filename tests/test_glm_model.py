@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glmui.glm import parts as glm_parts
 from glmui.glm.checkpoint import everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, pad_left
@@ -131,7 +130,7 @@ def test_a_prompt_in_pieces_gives_the_same(opened: Open, monkeypatch: pytest.Mon
     case = max(prompts("int4"), key=lambda case: len(case["input_ids"]))
     ids = torch.tensor([case["input_ids"]])
     whole = model(ids)
-    monkeypatch.setattr(glm_parts, "PIECE", 7)
+    monkeypatch.setattr(model, "piece", 7)
     parts: list[float] = []
     assert (model(ids, on_piece=parts.append) - whole).abs().max() < TOLERANCE
     assert parts == sorted(parts)

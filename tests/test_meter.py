@@ -8,10 +8,11 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pynvml
 import pytest
 
-from glmui.meter import Card, Meter
+from glmui.meter import Card, Meter, User
 
 GiB = 2**30
 CODES = sorted(pynvml.NVMLError._valClassMapping)
@@ -22,6 +23,7 @@ CALLS = [
     "nvmlDeviceGetMemoryInfo",
     "nvmlDeviceGetName",
     "nvmlDeviceGetComputeRunningProcesses",
+    "nvmlDeviceGetGraphicsRunningProcesses",
     "nvmlShutdown",
 ]
 
@@ -57,6 +59,10 @@ class FakeNvml:
                 SimpleNamespace(pid=1, usedGpuMemory=GiB // 4),
                 SimpleNamespace(pid=os.getpid(), usedGpuMemory=GiB),
             ],
+            "nvmlDeviceGetGraphicsRunningProcesses": [
+                SimpleNamespace(pid=os.getpid(), usedGpuMemory=None),
+                SimpleNamespace(pid=os.getppid(), usedGpuMemory=2 * GiB),
+            ],
         }.get(name)
 
 
@@ -84,12 +90,15 @@ def test_ram_and_the_engines_rss():
     assert 0 < reading.ram_used < reading.ram_total
     assert reading.engine_rss is not None
     assert 1 << 20 < reading.engine_rss < reading.ram_total
+    assert reading.engine_private is not None
+    assert 1 << 20 < reading.engine_private <= reading.engine_rss, "what is mapped is not counted"
 
 
 @pytest.mark.parametrize("pid", [None, 2**30, -1, 10**30])
 def test_an_engine_that_is_not_there(pid: int | None):
     reading = Meter(FakeNvml()).read(pid)
     assert reading.engine_rss is None
+    assert reading.engine_private is None
     assert [card.own for card in reading.cards] == [None, None]
     assert reading.gpu_error == ""
 
@@ -107,6 +116,7 @@ def test_no_error_code_of_any_call_gets_through(call: str, code: int):
     for _ in range(3):
         reading = meter.read(os.getpid())
         assert reading.ram_total
+        meter.users(0)
         clock.now += 100
     meter.close()
     if call in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetMemoryInfo"):
@@ -125,6 +135,7 @@ def test_no_other_error_gets_through(call: str, error: Exception):
     nvml.failing[call] = error
     meter = Meter(nvml)
     meter.read(os.getpid())
+    meter.users(0)
     meter.close()
 
 
@@ -133,7 +144,9 @@ def test_no_other_error_gets_through(call: str, error: Exception):
 def test_odd_answers_are_taken_as_unknown(call: str, odd: Any):
     nvml = FakeNvml()
     nvml.answers[call] = odd
-    for card in Meter(nvml).read(os.getpid()).cards:
+    meter = Meter(nvml)
+    assert all(user.name for user in meter.users(0))
+    for card in meter.read(os.getpid()).cards:
         assert isinstance(card.name, str)
         assert card.used in (None, 2 * GiB)
         assert card.own in (None, GiB)
@@ -153,6 +166,31 @@ def test_memory_of_processes_windows_does_not_tell():
     reading = Meter(nvml).read(os.getpid())
     assert reading.cards[0].own is None
     assert reading.gpu_error == ""
+
+
+def test_the_biggest_users_by_name_each_once():
+    mine, parents = psutil.Process().name(), psutil.Process(os.getppid()).name()
+    users = Meter(FakeNvml()).users(0)
+    assert users[:2] == (User(os.getppid(), parents, 2 * GiB), User(os.getpid(), mine, GiB))
+    assert len(Meter(FakeNvml()).users(0, most=1)) == 1
+
+
+def test_users_whose_share_windows_does_not_tell_are_named():
+    nvml = FakeNvml()
+    nvml.answers["nvmlDeviceGetComputeRunningProcesses"] = []
+    nvml.answers["nvmlDeviceGetGraphicsRunningProcesses"] = [
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)
+    ]
+    assert Meter(nvml).users(0) == (User(os.getpid(), psutil.Process().name(), None),)
+
+
+def test_users_that_are_gone_or_of_a_lost_card_are_left_out():
+    nvml = FakeNvml()
+    nvml.answers["nvmlDeviceGetGraphicsRunningProcesses"] = [SimpleNamespace(pid=2**30, usedGpuMemory=GiB)]
+    assert 2**30 not in [user.pid for user in Meter(nvml).users(0)]
+    lost = FakeNvml()
+    lost.lost.add(1)
+    assert Meter(lost).users(1) == ()
 
 
 def test_a_card_that_vanishes_leaves_the_other_and_comes_back():

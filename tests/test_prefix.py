@@ -16,7 +16,6 @@ from torch import Tensor
 from glmui.engine.chatglm_api import ChatGLM
 from glmui.engine.decoders import ChatGLM2Decoder
 from glmui.errors import ModelError
-from glmui.glm import parts as glm_parts
 from glmui.glm.cache import KVCache
 from glmui.glm.chatglm2 import ChatGLM2Model
 from glmui.glm.checkpoint import AnyModel, load_model
@@ -233,7 +232,7 @@ def test_a_long_prompt_in_pieces(opened: Open, opened2: Open, monkeypatch: pytes
         with_prefix(model, "plain")
         whole = model(torch.tensor([ids]))
         with monkeypatch.context() as patch:
-            patch.setattr(glm_parts, "PIECE", 7)
+            patch.setattr(model, "piece", 7)
             assert (model(torch.tensor([ids])) - whole).abs().max() < TOLERANCE
 
 

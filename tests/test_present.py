@@ -32,6 +32,10 @@ def words(markup: str) -> str:
         ({"state": "interrupted", "finish_reason": "interrupted"}, ["interrupted"]),
         ({"finish_reason": "length"}, ["max_length"]),
         ({"note": "repetition"}, ["over and over"]),
+        (
+            {"note": 'repetition\nmemory_context {"tokens": 512}\nspill_users {"users": "a (1 GB)"}'},
+            ["over and over", "512 tokens", "a (1 GB)"],
+        ),
         ({"left_out": 3}, ["3 earlier rounds"]),
         ({"state": "error", "error": to_values(EngineError("out_of_memory"))}, ["Memory ran out"]),
         ({"left_out": 2, "state": "stopped"}, ["2 earlier rounds", "stopped"]),
@@ -102,6 +106,11 @@ def test_versions_are_shown_where_there_are_several() -> None:
     assert "2 / 3" in present.versions(replace(REPLY, version=2, versions=3), "en")
 
 
+def test_a_model_that_memory_has_cut_down_shows_it() -> None:
+    chip = present.engine(EngineInfo(state="ready", reason="reasons.memory_cpu"), "m", 0, "en")
+    assert "unload the model" in chip.partition("<p")[2]
+
+
 def test_the_chip_names_model_state_and_reason() -> None:
     info = EngineInfo(state="ready", device="cpu", dtype="float32", reason="reasons.cpu_float32")
     chip = present.engine(info, "/models/my <model>", 0, "en")
@@ -113,3 +122,20 @@ def test_the_chip_names_model_state_and_reason() -> None:
     assert '<p class="slow">No C compiler was found' in slow, "to be read without pointing at anything"
     assert "asleep" in present.engine(EngineInfo(), "starter", 0, "en")
     assert "No model" in present.engine(EngineInfo(), "", 0, "en")
+
+
+def test_a_line_is_drawn_where_the_model_begins_to_see() -> None:
+    asked = replace(REPLY, id=1, role="user", content="question")
+    thread = [asked, REPLY, asked, REPLY, asked]
+
+    def line(seen: int | None, shown: list[StoredMessage] = thread) -> list[int]:
+        messages = present.thread(shown, None, "en", seen)
+        return [place for place, message in enumerate(messages) if "sees from here" in message["content"]]
+
+    assert line(None) == []
+    assert line(2) == [1], "above the second question"
+    assert line(1) == [3]
+    assert line(0) == [4], "below everything"
+    assert line(3) == [], "everything shown is seen"
+    assert line(7) == []
+    assert line(1, thread[1:]) == [2]

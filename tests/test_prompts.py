@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmui.errors import InvalidInput
-from glmui.prompts import fit, split_rounds, token_budget
-from glmui.types import GenerationParams, Message
+from glmui.prompts import Limits, compose, fit, split_rounds, token_budget
+from glmui.types import ChatSettings, GenerationParams, Message
 
 
 def count(messages: Sequence[Message]) -> int:
@@ -82,5 +82,33 @@ def test_counting_is_sparing_however_long_the_history() -> None:
 def test_the_budget_leaves_room_for_a_reply() -> None:
     assert token_budget(GenerationParams(max_length=2048)) == 1536
     assert token_budget(GenerationParams(max_length=2048, max_new_tokens=100)) == 1948
-    assert token_budget(GenerationParams(max_length=2048), limit=500) == 500
-    assert token_budget(GenerationParams(max_length=2048), context_length=1024) == 768
+    assert token_budget(GenerationParams(max_length=2048), most=500) == 500
+    assert token_budget(GenerationParams(max_length=2048), Limits(trained=1024)) == 768
+
+
+def test_the_budget_keeps_within_what_memory_has_room_for() -> None:
+    usual = GenerationParams(max_length=2048)
+    assert token_budget(usual, Limits(room=1000)) == 1000 - 256
+    assert token_budget(usual, Limits(room=300)) == 150, "half of little is for the reply"
+    assert token_budget(usual, Limits(room=4096)) == token_budget(usual)
+    assert token_budget(GenerationParams(max_new_tokens=40), Limits(room=1000)) == 960
+
+
+def test_what_is_asked_for_is_never_more_than_memory_has_room_for() -> None:
+    assert Limits(room=1000).bounded(GenerationParams(max_length=2048)).max_length == 1000
+    assert Limits(room=4096).bounded(GenerationParams(max_length=2048)).max_length == 2048
+    assert Limits().bounded(GenerationParams(max_length=2048)).max_length == 2048
+
+
+def test_the_oldest_rounds_go_where_memory_is_short_and_a_message_alone_may_be_too_much() -> None:
+    said = rounds(20, 20)
+    assert compose(said, ChatSettings(), count).left_out == 0
+    cut = compose(said, ChatSettings(), count, Limits(room=700))
+    assert (cut.left_out, cut.tokens) == (9, 443)
+    with pytest.raises(InvalidInput, match="room for only 100"):
+        compose([Message("user", "x" * 100)], ChatSettings(), count, Limits(room=100))
+
+
+def test_the_system_text_comes_first() -> None:
+    prompt = compose([Message("user", "hi")], ChatSettings(system="  Be brief. "), count)
+    assert prompt.messages[0] == Message("system", "Be brief.")

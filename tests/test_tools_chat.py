@@ -23,11 +23,12 @@ class Repeater:
 
     def __init__(self, between: Callable[[], None] = lambda: None) -> None:
         self.asked: list[list[Message]] = []
+        self.room = 0
         self.between = between
         self.cancelled = threading.Event()
 
     def info(self) -> EngineInfo:
-        return EngineInfo()
+        return EngineInfo(context_room=self.room)
 
     def stream_chat(
         self, messages: Sequence[Message], params: GenerationParams, request_id: str
@@ -125,6 +126,14 @@ def test_old_rounds_make_room() -> None:
     long = "word " * 30
     converse(chat_with(engine, max_length=64), Terminal("en", io.StringIO()), typed(long, long, "last"))
     assert [len(asked) for asked in engine.asked] == [1, 1, 1]
+
+
+def test_old_rounds_make_room_where_memory_has_none_and_it_is_said() -> None:
+    engine, out = Repeater(), io.StringIO()
+    engine.room = 100
+    converse(chat_with(engine), Terminal("en", out), typed("a " * 20, "b " * 20, "stop"))
+    assert [message.content.split()[0] for message in engine.asked[1]] == ["b"]
+    assert "1 earlier rounds were left out" in out.getvalue()
 
 
 def test_what_goes_wrong_ends_the_round_alone() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from glmui.engine import wire, worker
 from glmui.engine.wire import Wire, chat_values, chunk_from
-from glmui.errors import EngineError, ModelError
+from glmui.errors import EngineError, GlmuiError, ModelError
+from glmui.quant.kernels.cuda.driver import DriverError
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message, Progress, Usage
 
 ECHO = EngineSpec("echo", "echo")
@@ -113,6 +114,13 @@ def test_inherits_no_socket(pipe: Pipe) -> None:
     assert psutil.Process(pipe.process.pid).net_connections("inet") == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux")
+def test_linux_is_told_to_end_it_before_the_app(pipe: Pipe) -> None:
+    pipe.next("loaded")
+    scores = [Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in (pipe.process.pid, os.getpid())]
+    assert int(scores[0]) > int(scores[1])
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     pipe = Pipe(EngineSpec("broken", str(tmp_path)))
     error = wire.error_from(pipe.next("failed")["error"])
@@ -120,6 +128,70 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert error.code == "model_file_missing"
     pipe.process.join(10)
     assert pipe.process.exitcode == 0
+
+
+def explain(error: BaseException) -> GlmuiError:
+    return worker.explain(error, "prefill", "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("error", "device"),
+    [
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has a total capacity"),
+            "cuda:1",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous"), "cuda:0"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "cuda:0",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"), "cuda:0"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuda:0"),
+        (DriverError("out of memory", 2), "cuda:0"),
+        (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"), "cuda:0"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"), "mps"),
+        (MemoryError(), "cpu"),
+        (OSError(12, "Cannot allocate memory"), "cpu"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: not enough memory"),
+            "cpu",
+        ),
+        (RuntimeError("std::bad_alloc"), "cpu"),
+    ],
+)
+def test_whose_memory_ran_out(error: BaseException, device: str) -> None:
+    told = explain(error)
+    assert (told.code, told.values) == ("out_of_memory", {"stage": "prefill", "device": device})
+    wrapped = ModelError("model_not_loadable", folder="f", detail="d")
+    wrapped.__cause__ = error
+    assert explain(wrapped).values == told.values
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: uncorrectable ECC error encountered",
+    ],
+)
+def test_a_card_that_failed(words: str) -> None:
+    told = explain(RuntimeError(f"{words}\nCUDA kernel errors might be asynchronously reported"))
+    assert (told.code, told.values["detail"]) == ("card_fault", words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("the memory of a goldfish"),
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        OSError(2, "No such file"),
+    ],
+)
+def test_errors_that_are_neither(error: BaseException) -> None:
+    assert explain(error).code == "engine_failed"
 
 
 def test_what_an_error_becomes(caplog: pytest.LogCaptureFixture) -> None:
@@ -131,11 +203,11 @@ def test_what_an_error_becomes(caplog: pytest.LogCaptureFixture) -> None:
         OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     ):
-        assert worker.explain(error).code == "out_of_memory"
+        assert explain(error).code == "out_of_memory"
     told = EngineError("nan_logits")
-    assert worker.explain(told) is told
+    assert explain(told) is told
     assert not caplog.records
-    unforeseen = worker.explain(KeyError("wte"))
+    unforeseen = explain(KeyError("wte"))
     assert unforeseen.code == "engine_failed"
     assert "KeyError" in unforeseen.message()
     assert "KeyError" in worker.trace_of(KeyError("wte"))

@@ -1,4 +1,4 @@
-"""torch, the graphics card it may use, and the kernels that compute on the CPU."""
+"""torch, the graphics card it may use, and the kernels that compute on the CPU and on a card."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from glmui.doctor.ask import Report
-from glmui.doctor.finding import Finding, ok, problem, warning
+from glmui.doctor.finding import Finding, Mend, ok, problem, warning
 from glmui.doctor.world import World
 
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # the maker, and the class of devices, in PCI's words
 _NO_DRIVER = ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded")
+# What may come out otherwise where a card's kernels are compiled and tried once more.
+_MADE_ANEW = tuple(f"card_kernels_{how}" for how in ("part", "not_compiled", "wrong"))
 
 
 def torch(world: World) -> Iterator[Finding]:
@@ -192,8 +194,29 @@ def kernels(world: World) -> Iterator[Finding]:
         folder, said = Path(facts["folder"]), facts["said"].strip()
         key = str(facts["reason"]).removeprefix("reasons.")
         broken = folder.is_dir() and key in ("kernels_wrong", "kernels_not_built")
-        mend = (lambda: shutil.rmtree(folder)) if broken else None  # they are built again when needed
+        mend = _removal(folder) if broken else None  # they are built again when needed
         yield warning("kernels", key, mend, said=f"\n{said}" if said else "", folder=folder)
+
+
+def card_kernels(world: World) -> Iterator[Finding]:
+    """Which kernels compute on each card, and why none do, or not all."""
+    report = world.torch()
+    if report.doing == "card_kernels":
+        how = "card_kernels_slow" if report.ending == "time" else "card_kernels_crash"
+        yield warning("card_kernels", how, ending=report.ending)
+    for found in report.facts.get("card_kernels", ()):
+        folder, said = Path(found["folder"]), found["said"].strip()
+        key = str(found["reason"]).removeprefix("reasons.")
+        about = {"card": found["card"], "kernel": found["kernel"], "folder": folder}
+        if key == "card_kernels":
+            yield ok("card_kernels", "card_kernels_fine", **about)
+        else:
+            mend = _removal(folder) if key in _MADE_ANEW and folder.is_dir() else None
+            yield warning("card_kernels", key, mend, said=f"\n{said}" if said else "", **about)
+
+
+def _removal(folder: Path) -> Mend:
+    return lambda: shutil.rmtree(folder)
 
 
 def _numbers(version: str) -> tuple[int, int]:

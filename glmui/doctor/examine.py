@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from glmui.doctor import checks_data, checks_machine, checks_model, checks_python, checks_torch
+from glmui.doctor import checks_data, checks_machine, checks_model, checks_plan, checks_python, checks_torch
 from glmui.doctor.finding import Finding, warning
 from glmui.doctor.world import World
 
@@ -24,6 +24,7 @@ CHECKS: tuple[Check, ...] = (
     checks_torch.cpu,
     checks_torch.compiler,
     checks_torch.kernels,
+    checks_torch.card_kernels,
     checks_machine.memory,
     checks_machine.disk,
     checks_machine.temporary,
@@ -34,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     checks_data.backups,
     checks_data.leftovers,
     checks_model.model,
+    checks_plan.plan,
     checks_machine.port,
     checks_machine.proxy,
     checks_machine.clock,

@@ -22,7 +22,7 @@ class Finding:
 
     name: what was looked at, a key of the locales' "doctor.names". key: of "doctor.found" (what is so), and
     unless all is well of "doctor.cures" (the one thing to do). values: fill the sentences' placeholders; an
-    error of the family among them says its own sentence.
+    error of the family among them says its own sentence, and so does a function of the language.
     mend: puts it right without losing anything, and "doctor.mended" has the key that tells so; or None.
     """
 
@@ -51,7 +51,9 @@ class Finding:
 
 
 def _worded(value: object, language: str) -> object:
-    return value.message(language) if isinstance(value, GlmuiError) else value
+    if isinstance(value, GlmuiError):
+        return value.message(language)
+    return value(language) if callable(value) else value
 
 
 def ok(name: str, key: str, **values: Any) -> Finding:

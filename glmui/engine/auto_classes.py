@@ -20,8 +20,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glmui.engine.auto_tokenizers import ChatGLMTokenizer
-from glmui.engine.chatglm import placement
 from glmui.engine.chatglm_api import Chatting
+from glmui.engine.placement import placement
 from glmui.glm.cache import SPARE, KVCache
 from glmui.glm.chatglm2 import ChatGLM2Model
 from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
@@ -29,6 +29,7 @@ from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig, config_of, read_c
 from glmui.glm.model import ChatGLMModel
 from glmui.quant import quantize
 from glmui.text.model_files import CHATGLM2_FAMILIES
+from glmui.types import EngineSpec
 
 
 def register_auto_classes() -> None:
@@ -267,7 +268,8 @@ def _place(device_map: Any, dtype: torch.dtype | None, config: AnyConfig, bits: 
     if not isinstance(device_map, dict):
         if device_map is None:
             return everything_on("cpu", dtype)
-        return placement(str(device_map), config, dtype, bits or config.quantization_bit).place
+        spec = EngineSpec("", "", str(device_map), quantize=f"int{bits}" if bits else "none")
+        return placement(spec, config, dtype).place
     prefixes = sorted(device_map, key=len, reverse=True)  # the most particular one counts
 
     def place(name: str) -> tuple[torch.device, torch.dtype | None]:

@@ -3,84 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
+from torch import nn
 
+from glmui.engine import cards
 from glmui.engine import device as devices
-from glmui.engine.decoders import decoder_of
+from glmui.engine.decoders import GLMDecoder, Held, decoder_of
 from glmui.engine.extras import ChatGLMEngine, Extras
 from glmui.engine.generate import Speaker
-from glmui.engine.loaded import LoadedEngine, told
-from glmui.engine.plan import CPU, Machine, ModelSize, Plan, Wish, plan
-from glmui.engine.prepare import open_prepared
-from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
-from glmui.glm.config import AnyConfig, read_config
+from glmui.engine.loaded import LoadedEngine, kernel_folder, told
+from glmui.engine.placement import Placement, cache_dtype, placement
+from glmui.engine.prepare import OnPart, open_prepared
+from glmui.glm.checkpoint import AnyModel, load_model
+from glmui.glm.config import read_config
 from glmui.text.chatglm import begun_reply
 from glmui.text.chatglms import Detokeniser, detokeniser, open_tokenizer, prompt_ids, stops
 from glmui.types import BITS, EngineInfo, EngineSpec, Message, Progress
 
-_CONTEXT = 2048  # tokens that a plan keeps room for
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a model goes. device: as EngineInfo tells it. reason: a key of the locales' "reasons"."""
-
-    place: Place
-    device: str
-    dtype: torch.dtype
-    reason: str
-
-
-def placement(wish: str, config: AnyConfig, dtype: torch.dtype | None = None, bits: int = 0) -> Placement:
-    """Decide device and dtype. bits: what the weights will have in memory, 0 for float16.
-
-    "auto" and "mixed" follow the plan for the cards that are here and what is free on them now.
-    Without a dtype: float32 on a CPU, where it is exact, and float16 on a card, as published.
-    Raises InvalidInput("device_missing").
-    """
-    cards = devices.free_on_cards()
-    if wish == "mixed" or (wish == "auto" and cards):
-        context = min(_CONTEXT, config.context_length)
-        machine = Machine(cards, psutil.virtual_memory().available)
-        found = plan(ModelSize.of(config, bits), machine, Wish(wish, context))
-        if len({*found.layers}) > 1:
-            place = _spread(found, dtype or torch.float16)
-            return Placement(place, "mixed", dtype or torch.float16, "reasons.chatglm_mixed")
-        wish = found.table
-    device = devices.resolve_device(wish)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
-    reason = "reasons.chatglm_cpu" if device == "cpu" else "reasons.card_float16"
-    return Placement(everything_on(device, dtype), device, dtype, reason)
-
-
-def _spread(found: Plan, dtype: torch.dtype) -> Place:
-    """Each layer where the plan has it, all else with the first; in float32 what is on the CPU."""
-
-    def place(name: str) -> tuple[torch.device, torch.dtype]:
-        _, _, rest = name.partition(".layers.")
-        device = found.layers[int(rest.partition(".")[0])] if rest else found.table
-        return torch.device(device), torch.float32 if device == CPU else dtype
-
-    return place
-
-
-def device_map(model: AnyModel) -> Mapping[str, str]:
-    """The device of the embedding, each block, the last norm and the output head."""
-    parts = dict(model.parts())
-    parts.setdefault(model.HEAD, model.get_submodule(model.HEAD))
-    return {name: str(next(part.parameters()).device) for name, part in parts.items()}
-
-
-def cache_dtype(spec: EngineSpec) -> torch.dtype | None:
-    """What keys and values are kept in on a CPU; None for what a layer computes in."""
-    if spec.kv_cache == "auto":
-        return None if spec.cpu_precision == "exact" else torch.float16
-    return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[spec.kv_cache]
+_WARM_UP = [Message("user", "你好，" * 16)]  # more ids than the kernels for few rows take at once
 
 
 def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> LoadedEngine:
@@ -89,14 +31,27 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
     config = read_config(folder, spec.chatglm_family)
     tokenizer = open_tokenizer(folder, config.family, config.vocab_size)
     bits = 0 if config.quantization_bit else BITS[spec.quantize]
-    where = placement(spec.device, config, bits=bits or config.quantization_bit)
+    where = placement(spec, config)
     threads = spec.threads or devices.count_physical_cores()
     torch.set_num_threads(threads)
+    found = _open_cards(where, spec.kernel_dir, on_progress)
+
+    def load(*, on_progress: OnPart, ready: Mapping[str, nn.Module] | None = None) -> AnyModel:
+        model = load_model(
+            folder, where.place, bits, on_progress=on_progress, family=spec.chatglm_family, ready=ready
+        )
+        cards.settle(model, found)
+        return model
+
     stored = bits or config.quantization_bit
-    load = partial(load_model, folder, where.place, bits, family=spec.chatglm_family)
     prepared = open_prepared(load, spec, where.device, stored, threads, on_progress)
-    if where.device in ("cpu", "mixed"):
-        prepared.model.cache_dtype = cache_dtype(spec)
+    model = prepared.model
+    model.cache_dtype, model.piece = cache_dtype(spec), where.piece
+    extras = Extras(model, folder)  # before the decoder, whose cache a prefix begins
+    step = cards.step_of(model, found)
+    decoder = decoder_of(model, _held(spec, where), step)
+    if where.device != "cpu":
+        warm_up(decoder, prompt_ids(tokenizer, _WARM_UP))
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -105,13 +60,15 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         dtype=f"int{stored}" if stored else str(where.dtype).removeprefix("torch."),
         threads=threads,
         context_length=config.context_length,
+        context_room=where.room,
+        layers=where.layers,
         reason=prepared.reason or where.reason,
     )
-    extras = Extras(prepared.model, folder)  # before the decoder, whose cache a prefix begins
     speaker = Speaker(
-        decoder=decoder_of(prepared.model),
+        decoder=decoder,
         detokeniser=lambda: detokeniser(tokenizer),
         stop_ids=stops(config.family) | {config.eos_token_id},
+        context_length=where.room,
         stop_repetition=spec.stop_repetition,
         on_progress=on_progress,
     )
@@ -120,5 +77,28 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         begun = begun_reply(messages)
         return prompt_ids(tokenizer, messages), lambda: detokeniser(tokenizer, begun)
 
-    info = told(info, prepared.kernels, spec.cpu_precision)
-    return ChatGLMEngine(speaker, ask, info, prepared.model, extras)
+    info = cards.told(told(info, prepared.kernels, spec.cpu_precision), found, step)
+    return ChatGLMEngine(speaker, ask, info, decoder, extras)
+
+
+def _open_cards(where: Placement, folder: str, on_progress: Callable[[Progress], None]) -> cards.Cards:
+    """The kernels of the cards that the model is to use, whose memory is bounded from here on."""
+    if where.plan is None:
+        return cards.Cards({})
+    cards.limit_memory(where.plan)
+    return cards.open_cards(where.layers, kernel_folder(folder), on_progress)
+
+
+def _held(spec: EngineSpec, where: Placement) -> Held:
+    """On a card memory is taken for the context that was planned, once; elsewhere when it is needed."""
+    planned = min(spec.context, where.room) if where.device not in ("cpu", "mps") else 0
+    return Held(planned, where.room)
+
+
+@torch.inference_mode()
+def warm_up(decoder: GLMDecoder, ids: list[int]) -> None:
+    """Read a prompt and write two tokens, so that whatever a card's libraries do at their first use (open,
+    choose, take memory, record) is done before somebody waits for an answer. A CPU gains nothing by it."""
+    logits = decoder.prefill(ids, lambda part: None)
+    for _ in range(2):
+        logits = decoder.step(int(logits.argmax()))

@@ -10,11 +10,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from glmui.engine.chatglm import device_map, placement
-from glmui.engine.decoders import decoder_of
+from glmui.engine import cards
+from glmui.engine.decoders import Step, decoder_of
 from glmui.engine.extras import Extras, Folder
 from glmui.engine.generate import Decoder, generate_ids
-from glmui.engine.loaded import with_kernels
+from glmui.engine.loaded import kernel_folder, with_kernels
+from glmui.engine.placement import device_map, placement
 from glmui.engine.talks import Answer, Talk, Wish, talk_of
 from glmui.errors import InvalidInput
 from glmui.glm.adapter import merge, read_adapter
@@ -23,7 +24,7 @@ from glmui.glm.checkpoint import AnyModel, empty_model, load_model
 from glmui.glm.config import AnyConfig, read_config
 from glmui.glm.model import ChatGLMModel
 from glmui.text.chatglms import AnyTokenizer, detokeniser, open_tokenizer, stops
-from glmui.types import Role
+from glmui.types import EngineSpec, Role
 
 
 class Chatting:
@@ -115,10 +116,17 @@ class ChatGLM(Chatting):
     next round reads only what is new: call forget() after changing weights, or to give that memory back.
     """
 
-    def __init__(self, model: AnyModel, tokenizer: AnyTokenizer, extras: Extras | None = None) -> None:
+    def __init__(
+        self,
+        model: AnyModel,
+        tokenizer: AnyTokenizer,
+        extras: Extras | None = None,
+        step: Step | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._extras = extras or Extras(model)
+        self._step = step
         self._kept: Decoder | None = None
 
     @classmethod
@@ -143,13 +151,18 @@ class ChatGLM(Chatting):
         config = read_config(folder, family)
         tokenizer = open_tokenizer(Path(folder), config.family, config.vocab_size)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        where = placement(device, config, wanted, bits or config.quantization_bit)
+        spec = EngineSpec(
+            "", str(folder), device, quantize=f"int{bits}" if bits else "none", cpu_precision="exact"
+        )
+        where = placement(spec, config, wanted)
         merged = adapter if bits and not config.quantization_bit else None
         change = _merging(merged, config) if merged else None
         model = load_model(folder, where.place, bits or 0, family=family, change=change)
-        if where.dtype == torch.float32 and (bits or config.quantization_bit):
+        found = cards.open_cards(() if where.dtype == torch.float32 else where.layers, kernel_folder())
+        cards.settle(model, found)
+        if (where.dtype == torch.float32 or where.device == "mixed") and (bits or config.quantization_bit):
             with_kernels(model, where.device, torch.get_num_threads(), "exact")
-        lm = cls(model, tokenizer, Extras(model, Path(folder), merged))
+        lm = cls(model, tokenizer, Extras(model, Path(folder), merged), cards.step_of(model, found))
         lm._extras.use(prefix, adapter)
         return lm
 
@@ -182,8 +195,8 @@ class ChatGLM(Chatting):
 
     def _decoder(self) -> Decoder:
         if isinstance(self.model, ChatGLMModel):  # reads every prompt anew
-            return decoder_of(self.model)
-        self._kept = self._kept or decoder_of(self.model)
+            return decoder_of(self.model, step=self._step)
+        self._kept = self._kept or decoder_of(self.model, step=self._step)
         return self._kept
 
     @torch.inference_mode()

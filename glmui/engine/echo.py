@@ -1,26 +1,23 @@
 """The scripted engine: answers without a model, so that everything around a model can be tried and tested.
 
-It says back what it was told. A message that begins with /echo chooses what happens instead:
+It says back what it was told, unless a message chooses something else (see echo_script.py).
 
-    /echo tokens=500 speed=100          so many words, so many a second
-    /echo load=3 prefill=2              seconds of each, with progress
-    /echo error | oom | crash | hang    what can go wrong, after `tokens` words (5 if not given)
-    /echo repeat | script | markdown    a loop that is noticed; HTML that must not run; all that markdown has
+Named "echo vram=6 ram=16" it has the memory of such a machine (pretended.py).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
+from glmui.engine.echo_script import Script, read_script
+from glmui.engine.forecast import Forecast, forecast
 from glmui.engine.request import Cancellations, Stopwatch, room
 from glmui.errors import EngineError
+from glmui.meter import Reading
 from glmui.text import pieces
 from glmui.types import (
     Chunk,
@@ -33,71 +30,9 @@ from glmui.types import (
     Stage,
 )
 
+_LAYERS = 28  # that it pretends to have, as ChatGLM-6B does
+_BLIND = Reading((), None, None, None, "no_driver")  # it looks at no real memory
 _STEPS = 10  # progress reports in a pretended load or prefill
-_TROUBLE = ("error", "oom", "crash", "hang")
-_SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> the rest of the reply"
-_MARKDOWN = """# Heading
-
-**bold**, *slanted*, `code`, [a link](https://example.org)
-
-1. one
-2. two
-
-| left | right |
-|------|------:|
-| 你好 | 42    |
-
-```python
-print("hello")
-```
-
-Euler: $e^{i\\pi} + 1 = 0$, and \\(a^2\\), and \\[\\sum_{k=1}^n k = \\frac{n(n+1)}{2}\\]
-
-$$\\int_0^1 x\\,dx$$
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Script:
-    text: str
-    trouble: str = ""
-    tokens: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    speed: float = 0.0
-    note: str = ""
-
-    def words(self) -> list[str]:
-        words = pieces.split(self.text)
-        return words if self.tokens is None else list(itertools.islice(itertools.cycle(words), self.tokens))
-
-
-def read_script(message: str) -> _Script:
-    """What a message asks for. A word or number that means nothing here is part of a text to say back."""
-    first, *words = message.split() or [""]
-    if first != "/echo":
-        return _Script(f"You said: {message}")
-    script = _Script(" ".join(words) or "echo")
-    for word in words:
-        name, _, value = word.partition("=")
-        if word in _TROUBLE:
-            script = replace(script, trouble=word, tokens=script.tokens or 5)
-        elif word == "script":
-            script = replace(script, text=_SCRIPT)
-        elif word == "markdown":
-            script = replace(script, text=_MARKDOWN)
-        elif word == "repeat":
-            script = replace(script, text="again and ", tokens=96, note="repetition")
-        elif name == "tokens" and value.isdecimal():
-            script = replace(script, tokens=int(value), text="word " if not script.trouble else script.text)
-        elif name == "speed" and _is_number(value):
-            script = replace(script, speed=float(value))
-        elif name in ("load", "prefill") and _is_number(value):
-            script.seconds[name] = float(value)
-    return script
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
 
 
 class EchoEngine:
@@ -125,9 +60,11 @@ class EchoEngine:
             state="ready" if self._awake else "asleep",
             model=self._spec.model,
             family="echo",
-            device="cpu",
+            device=self._device(),
             dtype="none",
             threads=self._spec.threads or 1,
+            context_room=self._room(),
+            layers=self._layers(),
             pid=os.getpid(),
         )
 
@@ -137,11 +74,15 @@ class EchoEngine:
         """See types.ChatEngine."""
         script = read_script(messages[-1].content if messages else "")
         prompt_tokens = pieces.count(messages)
-        limit = room(prompt_tokens, params)
+        limit = room(prompt_tokens, params, self._room())
         if not self._awake:
             yield from self._pretend("loading", script.seconds.get("load", 0), request_id)
             self._awake = True
         yield from self._pretend("prefill", script.seconds.get("prefill", 0), request_id)
+        if script.hog:
+            bytearray(script.hog * 10**6)
+        if script.trouble != "oom":
+            self.check_memory(script.most)
         watch, count = Stopwatch(), 0
         words = script.words()
         for word in words[:limit]:
@@ -156,7 +97,7 @@ class EchoEngine:
         elif len(words) > limit:
             finish = "length"
         elif script.trouble:
-            finish = self._trouble(script.trouble, request_id)
+            finish = self._trouble(script, request_id)
         note = script.note if finish == "stop" and self._spec.stop_repetition else ""
         usage = watch.usage(prompt_tokens, count)
         yield Chunk(tokens=count, finish_reason=finish, usage=usage, note=note)
@@ -180,13 +121,59 @@ class EchoEngine:
         with self._changed:
             return not self._changed.wait_for(lambda: request_id in self._cancelled, seconds)
 
-    def _trouble(self, kind: str, request_id: str) -> FinishReason:
+    def _foreseen(self) -> Forecast | None:
+        """What its memory is like on the machine that it pretends to run on (pretended.py), if on any."""
+        return forecast(self._spec, _BLIND, False)
+
+    def _room(self) -> int:
+        found, most = self._foreseen(), self._spec.context_most
+        return min(found.room, most or found.room) if found else most
+
+    def _device(self) -> str:
+        """The device that it pretends to be on; none of its layers is anywhere."""
+        if found := self._foreseen():
+            devices = {*found.plan.layers}
+            return devices.pop() if len(devices) == 1 else "mixed"
+        device = self._spec.device
+        return "cpu" if device == "auto" else "cuda:0" if device == "cuda" else device
+
+    def _layers(self) -> tuple[str, ...]:
+        if found := self._foreseen():
+            return found.plan.layers
+        device = self._device()
+        on_card = {"cpu": 0, "mixed": self._spec.layers_on_gpu}.get(device)
+        count = _LAYERS if on_card is None else on_card
+        card = "cuda:0" if device == "mixed" else device
+        return (card,) * count + ("cpu",) * (_LAYERS - count)
+
+    def check_memory(self, most: dict[str, int]) -> None:
+        """Let memory run out, as it would in a model, where this engine has more of something than that."""
+        spec = self._spec
+        stages = {"piece": "prefill", "context": "decode", "layers": "loading"}
+        has = {
+            "piece": spec.prefill_piece or 256,
+            "context": spec.context_most or spec.context,
+            "layers": sum(device != "cpu" for device in self._layers()),
+        }
+        for name, bound in most.items():
+            if has[name] > bound:
+                raise self._out_of_memory(stages[name])
+
+    def _out_of_memory(self, stage: str) -> EngineError:
+        device = self._device()
+        return EngineError("out_of_memory", stage=stage, device="cuda:0" if device == "mixed" else device)
+
+    def _trouble(self, script: Script, request_id: str) -> FinishReason:
+        kind = script.trouble
         if kind == "oom":
-            raise EngineError("out_of_memory")
+            self.check_memory(script.most)
+            if not script.most:
+                raise self._out_of_memory("decode")
+            return "stop"
         if kind == "crash" and self._crash:
             self._crash()
         if kind == "crash":
-            raise EngineError("engine_died", detail="SIGKILL")
+            raise EngineError("engine_died", detail="exit code 3")
         if kind == "hang" and self._hang:
             self._hang()
         if kind == "hang":
@@ -196,16 +183,22 @@ class EchoEngine:
 
 
 def open_echo(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> EchoEngine:
-    """The echo of an engine process, where crash and hang are real. The model "echo load=3" loads for 3 s."""
-    load = read_script(f"/{spec.model}").seconds.get("load", 0)
+    """The echo of an engine process, where crash and hang are real.
+
+    The model "echo load=3" loads for 3 s, "echo layers=7" only where no more of its layers are on the card.
+    """
+    script = read_script(f"/{spec.model}")
+    load = script.seconds.get("load", 0)
     for step in range(_STEPS):
         on_progress(Progress("loading", step / _STEPS))
         time.sleep(load / _STEPS)
-    return EchoEngine(spec, crash=_kill_this_process, hang=_sleep_for_ever, awake=True)
+    engine = EchoEngine(spec, crash=_crash_for_good, hang=_sleep_for_ever, awake=True)
+    engine.check_memory(script.most)
+    return engine
 
 
-def _kill_this_process() -> None:
-    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+def _crash_for_good() -> NoReturn:
+    os._exit(3)
 
 
 def _sleep_for_ever() -> NoReturn:

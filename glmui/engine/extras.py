@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from torch.utils.hooks import RemovableHandle
 
-from glmui.engine.decoders import decoder_of
+from glmui.engine.decoders import GLMDecoder
 from glmui.engine.generate import Speaker
 from glmui.engine.loaded import Ask, LoadedEngine
 from glmui.errors import InvalidInput
@@ -30,7 +29,7 @@ class Extras:
 
     folder: the model's own, whose weights may hold a prefix: that one is used where no other is. merged: an
     adapter that went into the weights before they were quantised, and which nothing can take out again.
-    Whoever changes either must take a new decoder: what a KV cache holds was computed with the old ones.
+    Whoever changes either must renew the decoder: what a KV cache holds was computed with the old ones.
     """
 
     def __init__(self, model: AnyModel, folder: Path | None = None, merged: Folder = None) -> None:
@@ -87,14 +86,22 @@ class Extras:
 class ChatGLMEngine(LoadedEngine):
     """A loaded ChatGLM with its extras."""
 
-    def __init__(self, speaker: Speaker, ask: Ask, info: EngineInfo, model: AnyModel, extras: Extras) -> None:
+    def __init__(
+        self, speaker: Speaker, ask: Ask, info: EngineInfo, decoder: GLMDecoder, extras: Extras
+    ) -> None:
         super().__init__(speaker, ask, info)
-        self._model, self._extras = model, extras
+        self._extras = extras
+        self._decoder: GLMDecoder | None = decoder
 
     def use_extras(self, prefix: str, adapter: str) -> None:
         """See types.TakesExtras."""
-        if self._extras.use(prefix, adapter) and self.speaker is not None:
-            self.speaker = replace(self.speaker, decoder=decoder_of(self._model))
+        if self._extras.use(prefix, adapter) and self._decoder is not None:
+            self._decoder.renew()
+
+    def unload(self) -> None:
+        """See LoadedEngine."""
+        super().unload()
+        self._decoder = None
 
 
 def _name(folder: Folder) -> str:

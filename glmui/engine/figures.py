@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from glmui.types import EngineInfo
 
@@ -19,6 +19,8 @@ PROMPTS = (32, 128, 512)
 CONTEXTS = (128, 1024)
 LONG_CONTEXT = 8192  # decoded up to, by models that were trained on so much
 BATCHES = (1, 2, 4, 8)
+PEAKS = (512, 1024, 2048)  # tokens of a conversation, at which a card's memory is looked at
+PUBLISHED = {"prefill": 512, "decode": 128}  # what is done the published way too, and its tokens
 FULL_CONTEXT = 2048  # or the model's own, where that is less
 MOST_STEPS = 32  # tokens decoded in one run, at most
 
@@ -73,6 +75,22 @@ class Subject(Protocol):
         ...
 
 
+Published = Literal["prefill", "decode"]
+
+
+@runtime_checkable
+class OnCard(Protocol):
+    """A Subject on a card."""
+
+    def peak(self, context: int) -> int:
+        """The most bytes of VRAM that reading and answering take, once the conversation is so long."""
+        ...
+
+    def published(self, what: Published) -> float:
+        """Tokens a second the published way, which widens a whole matrix and then multiplies."""
+        ...
+
+
 class Figures:
     """Takes all figures of one model and tells each as soon as it is there.
 
@@ -93,12 +111,24 @@ class Figures:
         for rows in BATCHES:
             self._figure("batch_tok_s", rows, self._batch)
         self._reach_full_context()
+        if isinstance(self._subject, OnCard):
+            self._on_card(self._subject)
+
+    def _on_card(self, subject: OnCard) -> None:
+        for context in PEAKS:
+            self._figure("peak_vram_gb", context, partial(self._peak, subject))
+        for what in PUBLISHED:
+            self._figure("published_tok_s", what, subject.published)
+
+    def _peak(self, subject: OnCard, context: int) -> float:
+        self._check_context(context - MOST_STEPS)
+        return subject.peak(context) / 1e9
 
     def _long(self) -> tuple[int, ...]:
         can = self._info.context_length >= LONG_CONTEXT and not self._subject.reads_context
         return (LONG_CONTEXT,) if can else ()
 
-    def _figure(self, name: str, key: int, take: Callable[[int], float]) -> None:
+    def _figure(self, name: str, key: Any, take: Callable[[Any], float]) -> None:
         self._tell("doing", name=name, key=str(key))
         values: dict[str, Any] = {}
         try:
@@ -115,7 +145,7 @@ class Figures:
 
     def _decode(self, context: int) -> float:
         rows = self._at(context - MOST_STEPS if context == LONG_CONTEXT else context, 1)
-        if context != CONTEXTS[0] or self._info.device != "cpu":
+        if context != CONTEXTS[0] or not has_limit(self._info.device):
             return decode_rate(rows)
         self._tell("bytes", weights=self._subject.weight_bytes, cache=rows.cache_bytes())
         return decode_rate(rows, self._probe)
@@ -143,6 +173,11 @@ class Figures:
     def _check_patience(self, tokens: int) -> None:
         if self._prefill_rate and tokens / self._prefill_rate > _TOO_LONG:
             raise NotMeasured("too_slow")
+
+
+def has_limit(device: str) -> bool:
+    """Whether one memory holds the whole model: this computer's, or one card's."""
+    return device == "cpu" or device.startswith("cuda")
 
 
 def prefill_rate(subject: Subject, tokens: int) -> float:

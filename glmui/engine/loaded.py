@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import platformdirs
 from torch import nn
 
 from glmui.engine.generate import Detokeniser, Speaker, stream_reply
@@ -61,9 +60,9 @@ def with_kernels(
     return loaded
 
 
-def kernels_for(device: str, threads: int) -> Loaded | None:
-    """The machine's C kernels; None where the CPU has no part in computing."""
-    return load_kernels(kernel_folder(), threads) if device in ("cpu", "mixed") else None
+def kernels_for(device: str, threads: int, folder: str = "") -> Loaded | None:
+    """The machine's C kernels; None where the CPU has no part in computing. folder: see kernel_folder."""
+    return load_kernels(kernel_folder(folder), threads) if device in ("cpu", "mixed") else None
 
 
 def told(info: EngineInfo, kernels: Loaded | None, numerics: Numerics) -> EngineInfo:
@@ -75,6 +74,10 @@ def told(info: EngineInfo, kernels: Loaded | None, numerics: Numerics) -> Engine
     return replace(info, kernel=kernels.name, cpu_precision=numerics)
 
 
-def kernel_folder() -> Path:
-    """Where built kernels are kept for this account."""
+def kernel_folder(given: str = "") -> Path:
+    """Where built kernels are kept: the given folder, or the one that this account has for such things."""
+    if given:
+        return Path(given)
+    import platformdirs  # lazily, for benchmarks/card.py runs where it is not installed
+
     return Path(platformdirs.user_cache_dir("glmui", appauthor=False)) / "kernels"

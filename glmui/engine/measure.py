@@ -1,7 +1,8 @@
 """Measuring a model, in a process of its own: loads it as the engine process does, then times it.
 
-Says through the pipe: loaded, doing, figure, bytes, probe, done, failed. Hears an answer to each probe: the
-read limit is taken by the other side meanwhile, for its buffer must not count as the model's memory.
+Says through the pipe: loaded, doing, figure, bytes, probe, limit, vram, done, failed. Hears an answer to each
+probe: the read limit of a CPU's memory is taken by the other side meanwhile, for its buffer must not count as
+the model's memory.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from glmui.engine.device import resolve_device
 from glmui.engine.families import family_of, open_family
-from glmui.engine.figures import Figures
+from glmui.engine.figures import Figures, Subject
 from glmui.engine.wire import Wire
 from glmui.engine.worker import ENVIRONMENT, explain
 from glmui.errors import EngineError, InvalidInput, to_values
@@ -89,15 +91,38 @@ def _growth(spec: EngineSpec) -> int:
 
 
 def _measure(engine: ChatEngine, wire: Wire) -> None:
-    from glmui.engine.subjects import subject_of
-
-    info = engine.info()
+    if engine.info().device.startswith("cuda"):
+        _measure_card(engine, wire)
+        return
 
     def probe() -> None:
-        wire.send("probe", threads=info.threads)
+        wire.send("probe", threads=engine.info().threads)
         wire.receive()
 
-    Figures(subject_of(engine), info, wire.send, probe).take()
+    Figures(subject_of(engine), engine.info(), wire.send, probe).take()
+
+
+def _measure_card(engine: ChatEngine, wire: Wire) -> None:
+    from glmui.engine.card_subject import copy_gb_s, cuda_context
+
+    device = engine.info().device
+
+    def probe() -> None:
+        wire.send("limit", gb_s=copy_gb_s(device))
+
+    Figures(subject_of(engine), engine.info(), wire.send, probe).take()
+    wire.send("vram", cuda_context=cuda_context(device))
+
+
+def subject_of(engine: Any) -> Subject:
+    """What is inside a loaded engine of the families chatglm and causal_lm."""
+    from glmui.engine.card_subject import CardSubject
+    from glmui.engine.subjects import CausalSubject, GLMSubject
+
+    decoder, info = engine.speaker.decoder, engine.info()
+    if info.family != "chatglm":
+        return CausalSubject(decoder)
+    return CardSubject(decoder) if info.device.startswith("cuda") else GLMSubject(decoder)
 
 
 def memory() -> tuple[int, int]:

@@ -1,99 +1,32 @@
 """Which part of a ChatGLM goes where, how much memory that takes, and why. Arithmetic alone: no torch.
 
 Decoding is as fast as memory is read, and a card reads several times faster than a CPU: so as many layers
-as fit go on the cards, in their order, and the rest stays on the CPU. The embedding, the last norm and the
-output head go with the first card that is used, since every token passes through them.
+as fit go on the cards, in their order, and the rest stays on the CPU. The last norm and the output head go
+with the first card that is used, since every token passes through them, and so does the embedding, unless
+the head is quantised by itself: then it stays in its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from glmui.engine.model_size import CPU, ModelSize
 from glmui.errors import InvalidInput
-from glmui.glm.config import AnyConfig, GLMConfig
 
-CPU = "cpu"
 GIB = 2**30
 
-# What a CUDA context takes beside the tensors: driver, kernels, cuBLAS. Not counted by torch's allocator.
+# What a CUDA context takes beside the tensors: driver, kernels, and what torch's allocator cannot use of
+# what it took. Not counted as allocated.
 CUDA_CONTEXT = 400_000_000
-# What Python, torch and the tokenizer take of RAM before any weight.
+# What Python, torch and the tokenizer take of RAM before any weight; and with them CUDA's libraries.
 PROCESS = 500_000_000
-# Tokens of a long prompt that are worked on at a time: glm.parts.PIECE, which this module must not import.
+PROCESS_WITH_CARD = 1_500_000_000
+# Tokens of a long prompt that are worked on at a time. Many are faster on a card, few need less memory; on a
+# CPU more than PIECE are no faster, and Stop waits for them.
+PIECES = (128, 256, 512, 1024)
 PIECE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """A model in numbers. Counts are of numbers, not bytes; `layer_` ones are of one layer.
-
-    bits: of the weights in a layer, 4, 8 or 16. table_bits: of embedding and output head.
-    layer_floats: biases, norms and scales. layer_cache: keys and values of one token.
-    """
-
-    layers: int
-    bits: int
-    layer_weights: int
-    layer_floats: int
-    layer_cache: int
-    table_weights: int
-    table_bits: int
-    width: int
-    inner: int
-    heads: int
-    vocab: int
-
-    @classmethod
-    def of(cls, config: AnyConfig, bits: int = 0) -> ModelSize:
-        """bits: what FP16 weights are quantised to while loading, 0 for nothing."""
-        stored = config.quantization_bit or bits or 16
-        width = config.hidden_size
-        if isinstance(config, GLMConfig):
-            inner = config.inner_hidden_size
-            rows = 5 * width + inner
-            floats = rows + 4 * width
-            quantised_table = config.quantization_embeddings
-        else:
-            inner = 2 * config.ffn_hidden_size
-            rows = config.qkv_width + 2 * width + inner
-            floats = config.qkv_width + 2 * width
-            quantised_table = False
-        return cls(
-            layers=config.num_layers,
-            bits=stored,
-            layer_weights=config.block_weights,
-            layer_floats=floats + (rows if stored < 16 else 0),
-            layer_cache=2 * config.kv_heads * config.head_size,
-            table_weights=config.table_weights,
-            table_bits=stored if quantised_table else 16,
-            width=width,
-            inner=inner,
-            heads=config.num_attention_heads,
-            vocab=config.vocab_size,
-        )
-
-    def layer_bytes(self, device: str, context: int) -> int:
-        """One layer with its part of the KV cache, for `context` tokens."""
-        float_size = float_bytes(device)
-        weights = self.layer_weights * (self.bits if self.bits < 16 else 8 * float_size) // 8
-        return weights + (self.layer_floats + self.layer_cache * context) * float_size
-
-    def table_bytes(self) -> int:
-        """Embedding and output head, which stay in float16 everywhere, with the last norm."""
-        return self.table_weights * self.table_bits // 8 + 8 * self.width
-
-    def scratch_bytes(self, device: str, context: int) -> int:
-        """The most that reading a prompt of `context` tokens takes beside weights and cache."""
-        float_size = float_bytes(device)
-        whole = 4 * context * self.width  # hidden states before and after a layer, queries
-        in_piece = PIECE * (8 * self.width + 2 * self.inner + 2 * context * self.heads)
-        return (whole + in_piece) * float_size + 3 * self.vocab * 4
-
-
-def float_bytes(device: str) -> int:
-    """A card computes in float16, a CPU in float32."""
-    return 4 if device == CPU else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,31 +43,54 @@ class Wish:
 
     device: "auto", "cpu", "cuda", "cuda:N" or "mixed". context: tokens that the KV cache must hold.
     layers_on_card: how many, None for as many as fit. reserve: bytes of each card to leave to others.
+    head_bits: 8 for an output head that is quantised by itself. cache: what keys and values are kept in,
+    "fp32", "fp16", "bf16", "int8", or "auto" for what a layer computes in. piece: tokens of a prompt to read
+    at a time, 0 for the plan's choice.
     """
 
     device: str = "auto"
     context: int = 2048
     layers_on_card: int | None = None
     reserve: int = 500_000_000
+    head_bits: int = 16
+    cache: str = "auto"
+    piece: int = 0
 
     def __post_init__(self) -> None:
-        if self.context < 1:
-            raise InvalidInput("out_of_bounds", name="context", value=self.context, low=1, high="")
+        for name, least in (("context", 1), ("layers_on_card", 0), ("reserve", 0), ("piece", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidInput("out_of_bounds", name=name, value=value, low=least, high="")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """layers: the device of each. table: the device of embedding, last norm and output head.
+    """layers: the device of each. head: that of the last norm and the output head. embedding: its own.
 
-    on: bytes by device, all counted (on a card as torch's allocator counts: without CUDA_CONTEXT).
-    short: bytes that are missing, by device; empty where the plan fits. reason: a key of the locales' "plan".
+    on: bytes by device, all counted (on a card as torch's allocator counts: without CUDA_CONTEXT). mapped:
+    bytes on the CPU that are pages of files: the system takes them when it needs them and reads them again,
+    which is slow, but nobody is ended for it. machine, wish: what it was made for; the wish has the piece
+    that was chosen. reason: a key of the locales' "plan".
     """
 
     layers: tuple[str, ...]
-    table: str
-    on: dict[str, int]
-    short: dict[str, int]
+    head: str
+    embedding: str
+    on: Mapping[str, int]
+    mapped: int
+    machine: Machine
+    wish: Wish
     reason: str
+
+    @property
+    def short(self) -> dict[str, int]:
+        """Bytes that are missing, by device; empty where the plan fits."""
+        budgets = {name: budget(self.machine, self.wish, name) for name in self.on}
+        return {name: need - budgets[name] for name, need in self.on.items() if need > budgets[name]}
+
+    @property
+    def piece(self) -> int:
+        return self.wish.piece
 
     @property
     def layers_on_card(self) -> int:
@@ -154,17 +110,26 @@ def plan(size: ModelSize, machine: Machine, wish: Wish) -> Plan:
 
     Raises InvalidInput("device_missing") for a card that is not there.
     """
+    pieces = (wish.piece,) if wish.piece else PIECES
+    return max((_with_piece(size, machine, replace(wish, piece=piece)) for piece in pieces), key=_merit)
+
+
+def _merit(found: Plan) -> tuple[int, int, int]:
+    """What comes first: that it fits, then layers on cards, then long pieces. The first of equals wins."""
+    longest = PIECE if CPU in found.layers else max(PIECES)
+    return -sum(found.short.values()), found.layers_on_card, min(found.piece, longest)
+
+
+def _with_piece(size: ModelSize, machine: Machine, wish: Wish) -> Plan:
     names = _cards(machine, wish)
-    if not names:
-        return _settled(size, machine, wish, [], "cpu_asked" if machine.cards else "no_card")
+    if not names or wish.layers_on_card == 0:
+        return _settled(size, machine, wish, {}, "cpu_asked" if machine.cards else "no_card")
     if wish.device.startswith("cuda"):
-        return _settled(size, machine, wish, names * size.layers, "card_asked")
-    rooms = {name: machine.cards[_number(name)] - CUDA_CONTEXT - wish.reserve for name in names}
-    counts = _fill(size, wish.context, rooms)
+        return _settled(size, machine, wish, {names[0]: size.layers}, "card_asked")
+    counts = _fill_well(size, wish, {name: budget(machine, wish, name) for name in names})
     if wish.layers_on_card is not None:
         counts = _cut(counts, min(wish.layers_on_card, size.layers), names[0])
-    devices = [name for name, count in counts.items() for _ in range(count)]
-    return _settled(size, machine, wish, devices, _why(devices, size.layers))
+    return _settled(size, machine, wish, counts, _why(counts, size.layers))
 
 
 def _cards(machine: Machine, wish: Wish) -> list[str]:
@@ -179,69 +144,98 @@ def _cards(machine: Machine, wish: Wish) -> list[str]:
     raise InvalidInput("device_missing", device=wish.device, available=", ".join([*names, CPU]))
 
 
-def _number(card: str) -> int:
-    return int(card.partition(":")[2])
+def budget(machine: Machine, wish: Wish, device: str) -> int:
+    """Bytes of a device that may be taken; below 0 where others have taken the reserve."""
+    if device == CPU:
+        return machine.ram
+    return machine.cards[int(device.partition(":")[2])] - CUDA_CONTEXT - wish.reserve
 
 
-def _fill(size: ModelSize, context: int, rooms: dict[str, int]) -> dict[str, int]:
-    """How many layers each card takes, the first one the table too. One without room is left out."""
+def _fill(size: ModelSize, wish: Wish, rooms: Mapping[str, int]) -> dict[str, int]:
+    """How many layers each card takes, the first one the head too. One without room is left out."""
     counts: dict[str, int] = {}
-    table, layers = size.table_bytes(), size.layers
+    left = size.layers
     for name, room in rooms.items():
-        left = room - size.scratch_bytes(name, context) - table
-        count = min(layers, max(0, left // size.layer_bytes(name, context)))
-        if count:
+        alone = _need(size, wish, name, 0, not counts)
+        each = size.layer_bytes(name) + size.cache_bytes(name, wish.context, wish.cache)
+        if count := min(left, max(0, (room - alone) // each)):
             counts[name] = count
-            layers -= count
-            table = 0
+            left -= count
     return counts
 
 
-def _cut(counts: dict[str, int], wanted: int, first: str) -> dict[str, int]:
+def _fill_well(size: ModelSize, wish: Wish, rooms: Mapping[str, int]) -> dict[str, int]:
+    """The same; where all layers are on several cards, as they lie for the longest context of which that is
+    true. A first card that is filled to its brim would leave a conversation no room to grow."""
+    counts = _fill(size, wish, rooms)
+    if len(counts) < 2 or sum(counts.values()) < size.layers:
+        return counts
+
+    def holds(context: int) -> bool:
+        return sum(_fill(size, replace(wish, context=context), rooms).values()) == size.layers
+
+    context = longest(holds, max(wish.context, size.positions))
+    return _fill(size, replace(wish, context=context), rooms)
+
+
+def longest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, where all smaller ones do too; 0 for none."""
+    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
+
+
+def _cut(counts: Mapping[str, int], wanted: int, first: str) -> dict[str, int]:
     """Exactly `wanted` layers on cards: where there is room first, and what has none on the first card."""
     cut: dict[str, int] = {}
     for name, count in counts.items():
         cut[name] = min(count, wanted - sum(cut.values()))
     if missing := wanted - sum(cut.values()):
+        first = next(iter(cut), first)
         cut[first] = cut.get(first, 0) + missing
     return {name: count for name, count in cut.items() if count}
 
 
-def _why(devices: Sequence[str], layers: int) -> str:
-    if not devices:
+def _why(counts: Mapping[str, int], layers: int) -> str:
+    if not counts:
         return "card_too_small"
-    if len(devices) < layers:
+    if sum(counts.values()) < layers:
         return "spread"
-    return "one_card" if len(set(devices)) == 1 else "several_cards"
+    return "one_card" if len(counts) == 1 else "several_cards"
 
 
-def _settled(size: ModelSize, machine: Machine, wish: Wish, on_cards: list[str], reason: str) -> Plan:
-    """The plan with its bytes. on_cards: the card of each of the first layers; the others are on the CPU."""
-    layers = [*on_cards, *[CPU] * (size.layers - len(on_cards))]
-    on = {CPU: PROCESS, **dict.fromkeys(on_cards, 0)}
-    for device in layers:
-        on[device] += size.layer_bytes(device, wish.context)
-    table = layers[0]
-    on[table] += size.table_bytes()
-    for device in set(layers):
-        on[device] += size.scratch_bytes(device, wish.context)
-    free = {CPU: machine.ram}
-    for name in set(on_cards):
-        free[name] = machine.cards[_number(name)] - CUDA_CONTEXT - wish.reserve
-    short = {device: need - free[device] for device, need in on.items() if need > free[device]}
-    return Plan(tuple(layers), table, on, short, reason)
+def _need(size: ModelSize, wish: Wish, device: str, count: int, with_head: bool) -> int:
+    """Bytes that so many layers take on a device, with what working on them takes."""
+    each = size.layer_bytes(device) + size.cache_bytes(device, wish.context, wish.cache)
+    head = size.head_bytes(device, wish.head_bits) if with_head else 0
+    return count * each + head + size.scratch_bytes(device, wish.context, wish.cache, wish.piece)
 
 
-def context_that_fits(size: ModelSize, machine: Machine, wish: Wish) -> int:
-    """The most tokens, up to those wished for, that such a plan has room for; 0 for none."""
-    whole = plan(size, machine, wish)
-    if not whole.short:
-        return wish.context
-    fits, fails = 0, wish.context
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        if plan(size, machine, replace(wish, context=middle)).short:
-            fails = middle
-        else:
-            fits = middle
-    return fits
+def bytes_on(size: ModelSize, wish: Wish, counts: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by device. counts: layers by device, in their order."""
+    head = next(iter(counts))
+    on = {CPU: program_bytes(head)}
+    for name, count in counts.items():
+        on[name] = on.get(name, 0) + _need(size, wish, name, count, name == head)
+    return on
+
+
+def program_bytes(head: str) -> int:
+    """What the program itself takes of RAM beside a model whose head is on that device."""
+    return PROCESS if head == CPU else PROCESS_WITH_CARD
+
+
+def _settled(size: ModelSize, machine: Machine, wish: Wish, cards: Mapping[str, int], reason: str) -> Plan:
+    """The plan with its bytes. cards: how many layers each takes; the others are on the CPU."""
+    on_cpu = size.layers - sum(cards.values())
+    counts = {**cards, **({CPU: on_cpu} if on_cpu else {})}
+    head = next(iter(counts))
+    on = bytes_on(size, wish, counts)
+    return Plan(
+        layers=tuple(name for name, count in counts.items() for _ in range(count)),
+        head=head,
+        embedding=CPU if size.embedding_apart(wish.head_bits) else head,
+        on=on,
+        mapped=size.mapped_bytes(on_cpu, head == CPU, wish.head_bits),
+        machine=machine,
+        wish=wish,
+        reason=reason,
+    )

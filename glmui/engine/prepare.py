@@ -62,7 +62,7 @@ def open_prepared(
     def loading(part: float) -> None:
         on_progress(Progress("loading", part))
 
-    loaded = kernels_for(device, threads) if bits else None
+    loaded = kernels_for(device, threads, spec.kernel_dir) if bits else None
     if loaded is None or loaded.kernels is None:
         return Prepared(load(on_progress=loading), loaded)
     reason = ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from glmui.engine import worker
 from glmui.engine.wire import Wire, info_from
+from glmui.engine.witness import KILLED, Witness
 from glmui.types import EngineInfo, EngineSpec
 
 
@@ -27,6 +28,8 @@ class EngineProcess:
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
         self._dead = threading.Event()
+        self._ending = threading.Lock()
+        self._witness = Witness()
         spawn = multiprocessing.get_context("spawn")  # inherits no socket and no lock
         ours, theirs = spawn.Pipe()
         self._wire = Wire(ours)
@@ -61,26 +64,42 @@ class EngineProcess:
         """Let `next_event` return now."""
         self._events.put({"kind": "wake"})
 
-    def stop(self, seconds: float = 0.7) -> None:
-        """End the process and wait until it is gone: asked at first, killed when that takes too long."""
+    def stop(self, asked: float = 0.7, killed: float = 10.0) -> None:
+        """End the process and wait until it is gone, and its memory with it: asked at first, killed when
+        that takes too long. Seconds each; a driver may need some to clear a card up."""
         self.stopping = True
         self.send("stop")
-        self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(seconds)
+        with self._ending:
+            self._process.join(asked)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join(killed)
         self._outbox.put(None)
+
+    def exit_code(self) -> int | None:
+        """Of a dead process: negative is a signal's number."""
+        with self._ending:
+            self._process.join(1)
+            return self._process.exitcode
 
     def exit_words(self) -> str:
         """How it ended: "SIGKILL", "exit code 3"."""
-        self._process.join(1)
-        code = self._process.exitcode
+        code = self.exit_code()
         if code is not None and code < 0:
             try:
                 return signal.Signals(-code).name
             except ValueError:
                 return f"signal {-code}"
         return f"exit code {code}"
+
+    def has_crashed(self) -> bool:
+        """Whether a dead process's end was its own fault: it did not end itself in good order, nor did the
+        kernel, a program or a person kill it."""
+        return self.exit_code() not in (0, KILLED)
+
+    def ran_out_of_memory(self) -> bool:
+        """Whether it is known that a dead process was ended for want of memory."""
+        return self._witness.memory_ran_out(self.exit_code())
 
     def _listen(self) -> None:
         while True:
@@ -91,7 +110,9 @@ class EngineProcess:
             self.signs += 1
             if message["kind"] == "loaded":
                 self.info = info_from(message["info"])
-            if message["kind"] != "alive":
+            if message["kind"] == "alive":  # once a second
+                self._witness.look()
+            else:
                 self._events.put(message)
         self._dead.set()
         self._outbox.put(None)

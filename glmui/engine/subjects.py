@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from glmui.engine.decoders import decoder_of
-from glmui.engine.figures import MOST_STEPS, NotMeasured, Rows, Subject
+from glmui.engine.figures import MOST_STEPS, NotMeasured, Rows
+from glmui.engine.generate import Decoder
+from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import AnyModel
 from glmui.glm.config import GLMConfig
 from glmui.glm.model import ChatGLMModel
@@ -21,24 +23,16 @@ if TYPE_CHECKING:
     from glmui.engine.causal_lm import CausalDecoder
 
 
-def subject_of(engine: Any) -> Subject:
-    """What is inside a loaded engine of the families chatglm and causal_lm."""
-    decoder = engine.speaker.decoder
-    if engine.info().family == "chatglm":
-        return GLMSubject(decoder.model)
-    return CausalSubject(decoder, decoder.model)
-
-
 class GLMSubject:
     """A ChatGLM of any of the three. Where only decoding is measured, random keys stand in for a prompt."""
 
     reads_context = False
 
-    def __init__(self, model: AnyModel) -> None:
-        self._model = model
+    def __init__(self, decoder: Any) -> None:
+        self._model: AnyModel = decoder.model
         self._random = random.Random(0)
-        read = [p for p in model.parameters() if p is not embedding_unread(model)]
-        self.weight_bytes = bytes_of(*read, *packed_weights(model))
+        read = [p for p in self._model.parameters() if p is not embedding_unread(self._model)]
+        self.weight_bytes = bytes_of(*read, *packed_weights(self._model))
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
@@ -84,8 +78,24 @@ class GLMRows:
         self._newest.tolist()
 
     def cache_bytes(self) -> int:
-        layers = range(self._model.config.num_layers)
-        return sum(bytes_of(*self._cache.read(layer, self._context)) for layer in layers)
+        return kept_bytes(self._cache, self._model.config.num_layers, self._context)
+
+
+class DecoderRow:
+    """One sequence in a decoder of its engine, whose prompt was really read."""
+
+    def __init__(self, decoder: Decoder, prompt: list[int]) -> None:
+        self._decoder, self._prompt = decoder, prompt
+        self._newest = 0
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Quick after the first time: no decoder reads a prompt again that it has in its cache."""
+        self._newest = int(self._decoder.prefill(self._prompt, _ignore).argmax())
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        self._newest = int(self._decoder.step(self._newest).argmax())
 
 
 class CausalSubject:
@@ -93,8 +103,8 @@ class CausalSubject:
 
     reads_context = True
 
-    def __init__(self, decoder: CausalDecoder, model: Any) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: CausalDecoder) -> None:
+        self._decoder, model = decoder, decoder.model
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._random = random.Random(0)
         self.weight_bytes = weights_read(model)
@@ -113,22 +123,14 @@ class CausalSubject:
         return self._random.choices(range(self._vocabulary), k=tokens)
 
 
-class CausalRow:
+class CausalRow(DecoderRow):
     def __init__(self, decoder: CausalDecoder, prompt: list[int]) -> None:
-        self._decoder, self._prompt = decoder, prompt
-        self._newest = 0
-
-    @torch.inference_mode()
-    def reset(self) -> None:
-        self._newest = int(self._decoder.prefill(self._prompt, _ignore).argmax())
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        self._newest = int(self._decoder.step(self._newest).argmax())
+        super().__init__(decoder, prompt)
+        self._causal = decoder
 
     def cache_bytes(self) -> int:
         self.reset()
-        return sum(bytes_of(layer.keys, layer.values) for layer in self._decoder.cache.layers)
+        return sum(bytes_of(layer.keys, layer.values) for layer in self._causal.cache.layers)
 
 
 def packed_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -150,6 +152,13 @@ def weights_read(model: Any) -> int:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     unread = set() if head is None or head.weight is embeddings.weight else set(embeddings.parameters())
     return bytes_of(*(weight for weight in model.parameters() if weight not in unread))
+
+
+def kept_bytes(cache: KVCache, layers: int, tokens: int) -> int:
+    """Bytes of so many tokens in a KV cache, as they are kept."""
+    rooms = [cache.room(layer) for layer in range(layers)]
+    kept = [t for room in rooms for t in (room.keys, room.values, room.key_scale, room.value_scale)]
+    return sum(bytes_of(tensor[:, :, : cache.front + tokens]) for tensor in kept if tensor is not None)
 
 
 def bytes_of(*tensors: Tensor) -> int:

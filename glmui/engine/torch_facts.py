@@ -19,7 +19,7 @@ _FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_
 def run() -> None:
     """Print the facts, one JSON object a line; "doing" names the step at hand, "" when all is told."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for step in (_import, _cuda, _kernels):
+    for step in (_import, _cuda, _kernels, _card_kernels):
         _tell(doing=step.__name__.removeprefix("_"))
         if not step():
             return
@@ -76,10 +76,7 @@ def _kernels() -> bool:
     from glmui.engine.loaded import kernel_folder
     from glmui.quant.kernels import cpu as kernels
 
-    said = _Said()
-    builders = logging.getLogger(kernels.__name__)
-    builders.addHandler(said)
-    builders.setLevel(logging.DEBUG)
+    said = _Said(kernels.__name__)
     loaded = kernels.load(kernel_folder())
     _tell(
         kernel=loaded.name,
@@ -90,10 +87,39 @@ def _kernels() -> bool:
     return True
 
 
-class _Said(logging.Handler):
-    """Keeps what the builders of the kernels write to the debug log: the compiler's own words."""
+def _card_kernels() -> bool:
+    import torch
 
-    text = ""
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    _tell(card_kernels=[_on_card(number) for number in cards])
+    return True
+
+
+def _on_card(number: int) -> dict[str, Any]:
+    import torch
+
+    from glmui.engine.loaded import kernel_folder
+    from glmui.quant.kernels import cuda as kernels
+
+    said = _Said(kernels.__name__)
+    loaded = kernels.load(f"cuda:{number}", kernel_folder())
+    return {
+        "card": torch.cuda.get_device_name(number),
+        "kernel": loaded.name,
+        "reason": loaded.reason,
+        "folder": str(kernels.folder(kernel_folder())),
+        "said": said.text[-_LOG_TAIL:],
+    }
+
+
+class _Said(logging.Handler):
+    """Keeps what a package of kernels writes to the debug log: the compiler's own words."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__()
+        self.text = ""
+        logging.getLogger(package).addHandler(self)
+        logging.getLogger(package).setLevel(logging.DEBUG)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.text += record.getMessage() + "\n"

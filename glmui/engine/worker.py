@@ -6,6 +6,7 @@ a computation; one sends a sign of life every second. torch is imported inside `
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import queue
@@ -16,10 +17,13 @@ import time
 import traceback
 from dataclasses import asdict
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from glmui.engine.families import open_family
+from glmui.engine.ladder import Stage
 from glmui.engine.request import Cancellations
+from glmui.engine.trouble import is_card_fault, out_of_memory_on
 from glmui.engine.wire import Wire, chat_from
 from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
 from glmui.types import ChatEngine, Chunk, EngineSpec, Progress, TakesExtras
@@ -36,7 +40,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_FIRST_TO_GO = 500  # of 1000: where Linux must end a process for want of memory, this one before the app
 
 
 def run(connection: Connection, spec: EngineSpec) -> None:
@@ -46,12 +50,14 @@ def run(connection: Connection, spec: EngineSpec) -> None:
         faulthandler.enable()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _offer_to_the_kernel()
     post = _Post(Wire(connection))
     post.start()
     try:
         engine = open_family(spec, post.progress)
     except BaseException as error:
-        post.send("failed", error=to_values(explain(error)), trace=trace_of(error))
+        told = explain(error, "loading", _card_of(spec.device))
+        post.send("failed", error=to_values(told), trace=trace_of(error))
         _end()
     post.engine = engine
     post.send("loaded", info=asdict(engine.info()))
@@ -67,16 +73,23 @@ def _answer(engine: ChatEngine, post: _Post, request: dict[str, Any]) -> bool:
     if request_id in post.cancelled:
         post.send("chunk", id=request_id, chunk=asdict(Chunk(finish_reason="cancelled")))
         return True
+    stage: Stage = "prefill"
     try:
         _use_extras(engine, *request["extras"])
         for chunk in engine.stream_chat(*chat_from(request), request_id):
+            stage = "decode" if chunk.tokens else stage
             post.send("chunk", id=request_id, chunk=asdict(chunk))
     except BaseException as error:
-        told = explain(error)
-        going_on = isinstance(error, GlmuiError) and told.code != "out_of_memory"
+        told = explain(error, stage, _card_of(engine.info().device))
+        going_on = told is error and told.code != "out_of_memory"
         post.send("error", id=request_id, error=to_values(told), ending=not going_on, trace=trace_of(error))
         return going_on
     return True
+
+
+def _card_of(device: str) -> str:
+    """The card that is used with this device, as far as its name tells."""
+    return device if device.startswith(("cuda:", "mps")) else "cuda:0"
 
 
 def _use_extras(engine: ChatEngine, prefix: str, adapter: str) -> None:
@@ -92,14 +105,23 @@ def trace_of(error: BaseException) -> str:
     return "" if isinstance(error, GlmuiError) else "".join(traceback.format_exception(error))
 
 
-def explain(error: BaseException) -> GlmuiError:
-    """The error in the family's words."""
+def explain(error: BaseException, stage: Stage = "loading", card: str = "cuda:0") -> GlmuiError:
+    """The error in the family's words; want of memory with what was being done, and on which device."""
+    if isinstance(error, GlmuiError) and error.code == "out_of_memory":
+        return error
+    if device := out_of_memory_on(error, card):
+        return EngineError("out_of_memory", stage=stage, device=device)
+    first_line = (str(error).strip() or "?").splitlines()[0]
+    if is_card_fault(error):
+        return EngineError("card_fault", detail=first_line)
     if isinstance(error, GlmuiError):
         return error
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
-        return EngineError("out_of_memory")
-    first_line = (str(error).strip() or "?").splitlines()[0]
     return EngineError("engine_failed", detail=f"{type(error).__name__}: {first_line}")
+
+
+def _offer_to_the_kernel() -> None:
+    with contextlib.suppress(OSError):  # Linux alone has this
+        Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO), encoding="ascii")
 
 
 class _Post:

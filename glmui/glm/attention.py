@@ -24,9 +24,24 @@ class Attention(nn.Module):
         which tokens each row sees, at least one; None: all.
         """
         q = queries.transpose(1, 2)  # b h n d
+        keys, values = keys.to(q), values.to(q)
         grouped = keys.shape[1] != q.shape[1]
-        found = F.scaled_dot_product_attention(q, keys.to(q), values.to(q), visible, enable_gqa=grouped)
+        if grouped and q.device.type != "cpu":
+            return _folded(q, keys, values, visible)
+        found = F.scaled_dot_product_attention(q, keys, values, visible, enable_gqa=grouped)
         return found.transpose(1, 2)
+
+
+def _folded(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention [b, n, h, d] with the heads that share keys as more rows of one head: a card's kernel that
+    saves memory knows no groups, and torch would copy the keys for each head."""
+    batch, heads, count, size = q.shape
+    shared = heads // keys.shape[1]
+    rows = q.reshape(batch, -1, shared * count, size)  # b g (h/g n) d
+    if visible is not None:
+        visible = visible.repeat(1, 1, shared, 1)
+    found = F.scaled_dot_product_attention(rows, keys, values, visible)
+    return found.view(batch, heads, count, size).transpose(1, 2)
 
 
 class Rotate(nn.Module):

@@ -25,7 +25,7 @@ from glmui.glm.attention import Attention
 from glmui.glm.cache import KVCache, Prefix
 from glmui.glm.config import GLM2Config
 from glmui.glm.layout import Causal, fill_left, mask
-from glmui.glm.parts import Head, Rotary, beside, pieces, ticker, word_embeddings
+from glmui.glm.parts import PIECE, Head, Rotary, beside, look_up, pieces, ticker, word_embeddings
 from glmui.glm.rotary import pair_table, rotate_pairs
 
 
@@ -128,22 +128,28 @@ class GLM2Transformer(nn.Module):
         self.output_layer: nn.Module = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, ids: Tensor, layout: Causal, cache: KVCache, on_piece: Callable[[float], None] | None = None
+        self,
+        ids: Tensor,
+        layout: Causal,
+        cache: KVCache,
+        on_piece: Callable[[float], None] | None = None,
+        piece: int = PIECE,
     ) -> Tensor:
         """ids [b, n] int64, coming after the cache's tokens → normed hidden states [b, n, H].
 
         A long prompt goes through in pieces, each through all blocks: what comes later changes nothing about
         it. on_piece is told the part done, 0..1, and may raise to stop: whole pieces then stay in the cache.
         """
-        tick = ticker(len(self.encoder.layers) * len(pieces(ids.shape[1])), on_piece)
-        done = [self._piece(ids[:, first:last], layout, cache, tick) for first, last in pieces(ids.shape[1])]
+        cuts = pieces(ids.shape[1], piece)
+        tick = ticker(len(self.encoder.layers) * len(cuts), on_piece)
+        done = [self._piece(ids[:, first:last], layout, cache, tick) for first, last in cuts]
         return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 
     def _piece(self, ids: Tensor, layout: Causal, cache: KVCache, tick: Callable[[], None]) -> Tensor:
         start, norm = cache.length, self.encoder.final_layernorm
         end = start + ids.shape[1]
         rotary = pair_table(layout.positions(start, end), self.config, norm.weight.dtype)
-        hidden = self.embedding.word_embeddings(ids)  # b n H
+        hidden = look_up(self.embedding.word_embeddings, ids)  # b n H
         for layer in self.encoder.layers:
             hidden = layer(hidden, rotary, layout, cache, start)
             tick()
@@ -156,7 +162,7 @@ class ChatGLM2Model(nn.Module):
     """The whole network. Weights are random until checkpoint.load_model fills them.
 
     cache_dtype: what new caches keep keys and values in; None for what they are computed in.
-    prefix: what new caches begin with.
+    prefix: what new caches begin with. piece: tokens of a prompt worked on at a time.
     """
 
     EMBEDDING = "transformer.embedding.word_embeddings"
@@ -165,6 +171,7 @@ class ChatGLM2Model(nn.Module):
 
     cache_dtype: torch.dtype | None = None
     prefix: Prefix | None = None
+    piece = PIECE
 
     def __init__(self, config: GLM2Config) -> None:
         super().__init__()
@@ -173,9 +180,8 @@ class ChatGLM2Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where ids go."""
-        table: Tensor = self.transformer.embedding.word_embeddings.weight
-        return table.device
+        """Where ids go and logits come from. (The embedding may be elsewhere: see parts.look_up.)"""
+        return self.transformer.encoder.final_layernorm.weight.device
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The embedding, each block, the last norm and the head, with their names."""
@@ -215,6 +221,6 @@ class ChatGLM2Model(nn.Module):
         """
         layout = self.layout(ids) if layout is None else layout
         cache = self.new_cache(ids.shape[1]) if cache is None else cache
-        hidden = self.transformer(ids, layout, cache, on_piece)
+        hidden = self.transformer(ids, layout, cache, on_piece, self.piece)
         logits: Tensor = self.transformer.output_layer(hidden[:, -1:] if last_only else hidden)
         return logits

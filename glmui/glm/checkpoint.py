@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -22,11 +22,13 @@ from glmui.glm.config import AnyConfig, GLMConfig, read_config
 from glmui.glm.files import look_at, refusal, weight_files
 from glmui.glm.model import ChatGLMModel
 from glmui.quant import QuantizedEmbedding, QuantizedLinear, quantize
+from glmui.quant.mapped import release
 from glmui.quant.packing import BLOCK
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 EMBEDDING = ChatGLMModel.EMBEDDING
 PREFIX = "transformer.prefix_encoder."  # of a P-Tuning v2 prefix, see prefix.py
+_WORTH_RELEASING = 1 << 20  # bytes
 AnyModel = ChatGLMModel | ChatGLM2Model
 
 # Says for a tensor's name where it goes and which dtype its floats are computed with (None: as stored).
@@ -57,8 +59,9 @@ def load_model(
     change: called with each part by its name before it is quantised and placed (adapter.merge).
     ready: layers by name that a former load made of this very checkpoint. They take their places as they
     are, and the checkpoint's values are not read again to see whether they are finite.
-    Memory of its own: what the result takes, less what stays in the mapped files. The embedding keeps the
-    file's float16 where float32 is computed with, since widening it in use is exact.
+    Memory of its own: what the result takes, less what stays in the mapped files; what went to a card leaves
+    memory part by part. The embedding keeps the file's float16 where float32 is computed with, since widening
+    it in use is exact.
     Raises ModelError: no model, another model, a file that is not what its name says, tensors that are
     missing, unexpected, of the wrong shape or dtype, or not finite.
     """
@@ -74,11 +77,13 @@ def load_model(
     _put(model, {name: layer for name, layer in (ready or {}).items() if name != model.HEAD})
     parts = list(model.parts())
     for done, (name, module) in enumerate(parts):
+        read = [parameter.data for parameter in module.parameters()]
         if change:
             change(name, module)
         if bits:
             quantize(module, bits, group_size=group_size, wide=isinstance(model, ChatGLMModel))
         _settle(model, name, module, place)
+        _let_go(read, module)
         on_progress((done + 1) / len(parts))
     model.tie()
     _put(model, {name: layer for name, layer in (ready or {}).items() if name == model.HEAD})
@@ -202,6 +207,14 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
+def _let_go(read: Sequence[Tensor], part: nn.Module) -> None:
+    """Give back the memory of the mapped tensors that the part has copies of by now."""
+    used = {parameter.data_ptr() for parameter in part.parameters()}
+    for tensor in read:
+        if tensor.nbytes >= _WORTH_RELEASING and not tensor.is_meta and tensor.data_ptr() not in used:
+            release(tensor)
+
+
 def _settle(model: AnyModel, prefix: str, part: nn.Module, place: Place) -> None:
     """Move a part's tensors to their device and dtype, where they are not there already."""
     for name, parameter in list(part.named_parameters()):
@@ -209,5 +222,6 @@ def _settle(model: AnyModel, prefix: str, part: nn.Module, place: Place) -> None
             continue
         device, dtype = place(f"{prefix}.{name}")
         widened = prefix in (model.EMBEDDING, model.HEAD) and name == "weight" and dtype == torch.float32
-        keeps = dtype is None or widened or not parameter.is_floating_point()
+        scale = name.endswith("weight_scale") and dtype == torch.bfloat16  # which would round it to 8 bits
+        keeps = dtype is None or widened or scale or not parameter.is_floating_point()
         assign(part, name, parameter.data.to(device, parameter.dtype if keeps else dtype))

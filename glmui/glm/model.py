@@ -23,7 +23,7 @@ from glmui.glm.attention import Attention, Gelu, Rotate
 from glmui.glm.cache import KVCache, Prefix
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, mask, pad_left
-from glmui.glm.parts import Head, Rotary, beside, pieces, ticker, word_embeddings
+from glmui.glm.parts import PIECE, Head, Rotary, beside, look_up, pieces, ticker, word_embeddings
 from glmui.glm.rotary import rotary_table
 
 # The published code always takes 28 here, whatever the number of layers.
@@ -81,19 +81,26 @@ class GLMBlock(nn.Module):
         self.mlp = GLU(config)
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, layout: Layout, cache: KVCache, on_piece: Callable[[], None]
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        layout: Layout,
+        cache: KVCache,
+        on_piece: Callable[[], None],
+        piece: int = PIECE,
     ) -> Tensor:
         """hidden [b, n, H] of the tokens after cache.length → [b, n, H]."""
         hidden, cos, sin = (beside(self.attention.dense.bias, x) for x in (hidden, *rotary))
         start, end = cache.length, cache.length + hidden.shape[1]
+        cuts = pieces(hidden.shape[1], piece)
         queries = []
-        for first, last in pieces(hidden.shape[1]):
+        for first, last in cuts:
             x = self.input_layernorm(hidden[:, first:last])
             table = cos[:, first:last], sin[:, first:last]
             queries.append(self.attention.project(x, table, cache, start + first))
             on_piece()
         done = []
-        for query, (first, last) in zip(queries, pieces(hidden.shape[1]), strict=True):
+        for query, (first, last) in zip(queries, cuts, strict=True):
             visible = mask(layout, start + first, start + last, end, hidden.device, cache.front)
             x = self.input_layernorm(hidden[:, first:last])
             x = self.attention.attend(query, cache, end, visible).add(x, alpha=RESIDUAL)
@@ -118,20 +125,25 @@ class GLMTransformer(nn.Module):
         return block
 
     def forward(
-        self, ids: Tensor, layout: Layout, cache: KVCache, on_piece: Callable[[float], None] | None = None
+        self,
+        ids: Tensor,
+        layout: Layout,
+        cache: KVCache,
+        on_piece: Callable[[float], None] | None = None,
+        piece: int = PIECE,
     ) -> Tensor:
         """ids [b, n] int64, coming after the cache's tokens → normed hidden states [b, n, H].
 
         Each block computes in the dtype of its biases. on_piece is told the part done, 0..1, and may
         raise to stop: the cache then still has its old length.
         """
-        hidden = self.word_embeddings(ids)  # b n H
+        hidden = look_up(self.word_embeddings, ids)  # b n H
         end = cache.length + ids.shape[1]
         dtype = self.first.attention.dense.bias.dtype
         rotary = rotary_table(layout.positions(cache.length, end), self.head_size, dtype)
-        tick = ticker(2 * len(self.layers) * len(pieces(ids.shape[1])), on_piece)
+        tick = ticker(2 * len(self.layers) * len(pieces(ids.shape[1], piece)), on_piece)
         for layer in self.layers:
-            hidden = layer(hidden, rotary, layout, cache, tick)
+            hidden = layer(hidden, rotary, layout, cache, tick, piece)
         cache.length = end
         out: Tensor = self.final_layernorm(beside(self.final_layernorm.weight, hidden))
         return out
@@ -141,7 +153,7 @@ class ChatGLMModel(nn.Module):
     """The whole network. Weights are random until checkpoint.load_model fills them.
 
     cache_dtype: what new caches keep keys and values in; None for what they are computed in.
-    prefix: what new caches begin with.
+    prefix: what new caches begin with. piece: tokens of a prompt worked on at a time.
     """
 
     EMBEDDING = "transformer.word_embeddings"
@@ -150,6 +162,7 @@ class ChatGLMModel(nn.Module):
 
     cache_dtype: torch.dtype | None = None
     prefix: Prefix | None = None
+    piece = PIECE
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -160,9 +173,8 @@ class ChatGLMModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where ids go."""
-        table: Tensor = self.transformer.word_embeddings.weight
-        return table.device
+        """Where ids go and logits come from. (The embedding may be elsewhere: see parts.look_up.)"""
+        return self.transformer.final_layernorm.weight.device
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The embedding, each block, and the last norm, with their names; the head is the embedding."""
@@ -203,6 +215,6 @@ class ChatGLMModel(nn.Module):
         """
         layout = self.layout(ids) if layout is None else layout
         cache = self.new_cache(ids.shape[1]) if cache is None else cache
-        hidden = self.transformer(ids, layout, cache, on_piece)
+        hidden = self.transformer(ids, layout, cache, on_piece, self.piece)
         logits: Tensor = self.lm_head(hidden[:, -1:] if last_only else hidden)
         return logits

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Tokens worked on at a time in a long prompt: bounds memory, and how long Stop waits.
+# Tokens worked on at a time in a long prompt: bounds memory, and how long Stop waits. A model's `piece` may
+# be another number.
 PIECE = 256
 
 Rotary = tuple[Tensor, Tensor]
@@ -38,9 +39,17 @@ class Head(nn.Linear):
         return logits
 
 
-def pieces(length: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into (first, last + 1) of at most PIECE."""
-    return [(first, min(first + PIECE, length)) for first in range(0, length, PIECE)]
+def pieces(length: int, most: int) -> list[tuple[int, int]]:
+    """Cut `length` tokens into (first, last + 1) of at most `most`."""
+    return [(first, min(first + most, length)) for first in range(0, length, most)]
+
+
+def look_up(table: nn.Module, ids: Tensor) -> Tensor:
+    """The rows of `ids`, on the table's own device. That may be another than all else's: a large table need
+    not take a card's memory for the few rows that are asked for."""
+    weight = table.get_parameter("weight")
+    rows: Tensor = table(ids if weight.is_meta else ids.to(weight.device))
+    return rows
 
 
 def beside(weight: Tensor, x: Tensor) -> Tensor:

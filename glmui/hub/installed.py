@@ -40,10 +40,11 @@ def models_folder(data_dir: Path) -> Path:
 
 def resolve(name: str, data_dir: Path) -> Path:
     """The folder of a model: a name in the data folder, or a path. Looks no further than whether it is there.
+    "echo" may have words behind it, which the scripted engine reads.
 
     Raises NotFound: "starter_missing" or "model_missing".
     """
-    if name == ECHO:
+    if name.split(" ")[0] == ECHO:
         return Path(ECHO)
     if is_plain(name) and (inside := models_folder(data_dir) / name).is_dir():
         return inside

@@ -8,22 +8,32 @@ from torch import Tensor, nn
 from glmui.errors import InvalidInput
 from glmui.quant.packing import dequantise, planes, quantise, rows_of, scaled
 
+# Weights widened at a time on a card: each operation takes a while to start there, so fewer and larger ones.
+CARD_BLOCK = 1 << 24
 
-def matmul(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+
+def matmul(x: Tensor, weight: Tensor, scale: Tensor, bits: int, whole: bool = False) -> Tensor:
     """x [..., columns] times the transposed quantised matrix → [..., rows], in x's dtype.
 
     weight: int8 as packing.py stores it. scale: [rows] or [rows, groups]. This is the reference that
-    any faster kernel must agree with: a block of rows is widened, multiplied and forgotten.
+    any faster kernel must agree with: a block of rows (all of them if `whole`, but on a CPU) is widened,
+    multiplied and forgotten.
     """
     inputs = (x,) if bits == 8 else _even_and_odd(x)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    step = rows_of(x.shape[-1])
+    step = _rows_at_a_time(x, len(weight), whole)
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         matrices = (scaled(q, scale[rows], x.dtype) for q in planes(weight[rows], bits))
         products = (F.linear(part, matrix) for part, matrix in zip(inputs, matrices, strict=True))
         out[..., rows] = sum(products)
     return out
+
+
+def _rows_at_a_time(x: Tensor, rows: int, whole: bool) -> int:
+    if x.device.type == "cpu":
+        return rows_of(x.shape[-1])  # a whole matrix would fall out of the caches
+    return max(1, rows) if whole else rows_of(x.shape[-1], CARD_BLOCK)
 
 
 def _even_and_odd(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +48,10 @@ class QuantizedLinear(nn.Module):
     weight:       int8, [out, in] for 8 bits or [out, ceil(in / 2)] for 4
     weight_scale: float, [out], or [out, in / group_size]
     bias:         float, [out], or None
+    whole:        on a card, widen the whole matrix to multiply it, not one part after the other
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -71,7 +84,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] in x's dtype."""
-        out = matmul(x, self.weight, self.weight_scale, self.weight_bit_width)
+        out = matmul(x, self.weight, self.weight_scale, self.weight_bit_width, self.whole)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

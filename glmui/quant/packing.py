@@ -82,6 +82,6 @@ def scaled(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return values.view(*scale.shape, -1).mul_(scale[..., None]).flatten(1)
 
 
-def rows_of(columns: int) -> int:
-    """How many rows of so many columns make a BLOCK."""
-    return max(1, BLOCK // max(1, columns))
+def rows_of(columns: int, block: int = 0) -> int:
+    """How many rows of so many columns make a block of values, a BLOCK unless told otherwise."""
+    return max(1, (block or BLOCK) // max(1, columns))

@@ -26,11 +26,12 @@ def quantize(
 ) -> M:
     """Quantise every nn.Linear of any torch model, one after the other, and return the model.
 
-    weight_bit_width: 4 or 8. use_quantization_cache: taken for the published signature; nothing here needs
-    a cache. quantization_embeddings: also the word embeddings and the output head, which are left alone
-    otherwise. group_size: columns that share a scale; None is one scale per row, as published, and must be
-    left None for a checkpoint others can read. wide: False rounds as ChatGLM2 and 3 do; see
-    packing.quantise. Layers that are quantised already stay as they are.
+    weight_bit_width: 4 or 8. use_quantization_cache: on a card, memory for the whole largest matrix, so that
+    each is widened in one go to multiply a prompt; else matrices are widened part by part (at most 64 MiB),
+    which is nearly as fast. It means nothing on a CPU. quantization_embeddings: also the word embeddings and
+    the output head, which are left alone otherwise. group_size: columns that share a scale; None is one scale
+    per row, as published, and must be left None for a checkpoint others can read. wide: False rounds as
+    ChatGLM2 and 3 do; see packing.quantise. Layers that are quantised already stay as they are.
     Raises InvalidInput for other bit widths, or a group size that does not divide a layer's width.
     """
     if weight_bit_width not in (4, 8):
@@ -43,7 +44,9 @@ def quantize(
     total = len(wanted)
     while wanted:
         linear = wanted.pop(0)  # the list must not keep a replaced layer's weight alive
-        _replace(places.pop(linear), QuantizedLinear.of(linear, weight_bit_width, group_size, wide))
+        quantised = QuantizedLinear.of(linear, weight_bit_width, group_size, wide)
+        quantised.whole = use_quantization_cache
+        _replace(places.pop(linear), quantised)
         on_progress(1 - len(wanted) / total)
     return model
 

@@ -40,7 +40,7 @@ class Conversation:
 class StoredMessage:
     """One message as stored.
 
-    left_out: how many rounds the prompt had no room for. note: a key of the locales' "notes", or "".
+    left_out: how many rounds the prompt had no room for. note: see notes.py; "" for none.
     version, versions: its place (from 1) among the siblings of its parent and role, and their number.
     """
 

@@ -11,25 +11,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmui.engine import random_model
+from glmui.engine.plan import GIB
+from glmui.errors import InvalidInput
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.tools.bench_results import missing_lines, table
 from glmui.tools.chat import Terminal, find_model
 from glmui.tools.measuring import take
 
+_MOST_GIB = 65536
 _PREFIX = "bench-"  # of folders in the data folder that are gone in the end
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the command line asked for. random: a size of random_model.SIZES in place of a model, or ""."""
+    """What the command line asked for.
+
+    random: a size of random_model.SIZES in place of a model, or "". vram_cap: GiB of a card to go by, as if
+    it had no more; None for what it has.
+    """
 
     model: str
     random: str = ""
+    vram_cap: float | None = None
     as_json: bool = False
 
 
 def run(wish: Wish, settings: Settings, language: str) -> int:
     """Measure, then print a table or one JSON object; the exit code."""
+    cap = _bytes(wish.vram_cap)
     make_data_folder(settings.data_dir)
     terminal = Terminal(language)
     with (
@@ -37,7 +46,8 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=settings.data_dir) as packed_dir,
     ):
         # In a folder of its own, so that the first load is a first one and the second finds what it left.
-        spec = replace(spec_of(settings, wish.random or wish.model, folder), packed_dir=packed_dir)
+        spec = spec_of(settings, wish.random or wish.model, folder)
+        spec = replace(spec, packed_dir=packed_dir, vram_cap=cap)
         results = take(spec, terminal.note)
     if wish.as_json:
         terminal.write(json.dumps(results.as_json()) + "\n")
@@ -46,6 +56,12 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
     else:
         terminal.write("\n".join(table(results, terminal.words)) + "\n")
     return 0
+
+
+def _bytes(cap: float | None) -> int:
+    if cap is not None and not 0 < cap <= _MOST_GIB:  # NaN is neither
+        raise InvalidInput("out_of_bounds", name="--vram-cap", value=cap, low=0, high=_MOST_GIB)
+    return int((cap or 0) * GIB)
 
 
 @contextmanager

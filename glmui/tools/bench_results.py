@@ -7,27 +7,43 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmui.engine.figures import BATCHES, CONTEXTS, PROMPTS
+from glmui.engine.figures import BATCHES, CONTEXTS, PEAKS, PROMPTS, PUBLISHED, has_limit
 from glmui.tools.aligned import columns_of, padded
 from glmui.types import EngineInfo
 
 KEYS = {"prefill_tok_s": PROMPTS, "decode_tok_s": CONTEXTS, "batch_tok_s": BATCHES}
+ON_CARD = {"peak_vram_gb": PEAKS, "published_tok_s": tuple(PUBLISHED)}
 
 Say = Callable[..., str]  # a text by its key, without "cli.", its values by name
 
 
 @dataclass
 class Results:
-    """What came of a bench. tok_s: {"decode_tok_s": {"128": 2.5, …}, …}, None where not measured."""
+    """What came of a bench. rows: {"decode_tok_s": {"128": 2.5, …}, …}, None where not measured.
+
+    cuda_context: bytes that CUDA itself takes of the card, None where that is unknown.
+    """
 
     info: EngineInfo = field(default_factory=EngineInfo)
     load_s: list[float] = field(default_factory=list)
-    tok_s: dict[str, dict[str, float | None]] = field(default_factory=lambda: {name: {} for name in KEYS})
+    rows: dict[str, dict[str, float | None]] = field(
+        default_factory=lambda: {name: {} for name in (*KEYS, *ON_CARD)}
+    )
     missing: list[tuple[str, str, str]] = field(default_factory=list)  # (name, key, why)
     weight_bytes: int = 0
     cache_bytes: int = 0
     limits: list[float] = field(default_factory=list)  # GB/s, each the best of several reads
     peak_rss: int = 0
+    cuda_context: int | None = None
+
+    @property
+    def keys(self) -> dict[str, tuple[Any, ...]]:
+        """The figures that there are on such a device, and what each is taken for."""
+        return {**KEYS, **ON_CARD} if self.on_card else KEYS
+
+    @property
+    def on_card(self) -> bool:
+        return self.info.device.startswith("cuda")
 
     @property
     def bytes_per_token(self) -> int:
@@ -41,13 +57,15 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """The figures under the names docs/bench.md tells."""
-        decode = self.tok_s["decode_tok_s"].get(str(CONTEXTS[0]))
+        decode = self.rows["decode_tok_s"].get(str(CONTEXTS[0]))
+        context = None if self.cuda_context is None else _rounded(self.cuda_context / 1e9)
         return {
             "load_s": _rounded(self.load_s[0]),
             "load_again_s": _rounded(self.load_s[1]),
-            **{name: {n: _rounded(value) for n, value in row.items()} for name, row in self.tok_s.items()},
+            **{name: {n: _rounded(value) for n, value in self.rows[name].items()} for name in self.keys},
             "peak_rss_gb": _rounded(self.peak_rss / 1e9),
-            "read_limit_gb_s": _rounded(self.read_limit),
+            **({"cuda_context_gb": context} if self.on_card else {}),
+            "copy_gb_s" if self.on_card else "read_limit_gb_s": _rounded(self.read_limit),
             "decode_of_limit": _rounded(of_limit(self.bytes_per_token, decode, self.read_limit)),
             "cpu_precision": self.info.cpu_precision or "exact",
             "kernel": self.info.kernel or "torch",
@@ -72,26 +90,42 @@ def table(results: Results, say: Say) -> list[str]:
     about = {"model": info.model, "dtype": info.dtype, "device": info.device, "threads": info.threads}
     title = say("bench.title", precision=figures["cpu_precision"], kernel=figures["kernel"], **about)
     rows = [(say(f"bench.rows.{name}"), figures[f"{name}_s"], "s") for name in ("load", "load_again")]
-    for name in KEYS:
-        rows += [(say(f"bench.rows.{name}", n=n), value, "tok/s") for n, value in figures[name].items()]
-    rows += [
-        (say("bench.rows.peak_rss"), figures["peak_rss_gb"], "GB"),
-        (say("bench.rows.read_limit"), figures["read_limit_gb_s"], "GB/s"),
-        (say("bench.rows.of_limit"), figures["decode_of_limit"], "%"),
-    ]
+    for name in results.keys:
+        unit = "GB" if name == "peak_vram_gb" else "tok/s"
+        rows += [(_label(name, n, say), value, unit) for n, value in figures[name].items()]
+    rows.append((say("bench.rows.peak_rss"), figures["peak_rss_gb"], "GB"))
+    if results.on_card:
+        rows.append((say("bench.rows.cuda_context"), figures["cuda_context_gb"], "GB"))
+        rows.append((say("bench.rows.copy"), figures["copy_gb_s"], "GB/s"))
+    else:
+        rows.append((say("bench.rows.read_limit"), figures["read_limit_gb_s"], "GB/s"))
+    rows.append((say("bench.rows.of_limit"), figures["decode_of_limit"], "%"))
     width = 2 + max(columns_of(label) for label, _, _ in rows)
     lines = [padded(label, width) + _shown(value, unit) for label, value, unit in rows]
     if figures["decode_of_limit"] is not None:
-        lines += ["", say("bench.meaning", read=f"{results.bytes_per_token / 1e9:.2f}")]
+        meaning = "bench.meaning_card" if results.on_card else "bench.meaning"
+        lines += ["", say(meaning, read=f"{results.bytes_per_token / 1e9:.2f}")]
     return [title, "", *lines, *missing_lines(results, say)]
 
 
 def missing_lines(results: Results, say: Say) -> list[str]:
     """Which figures were not taken, and why."""
-    missing = [(say(f"bench.rows.{name}", n=key), why) for name, key, why in results.missing]
-    if results.info.device != "cpu":
+    missing = [(_label(name, key, say), why) for name, key, why in results.missing]
+    if not has_limit(results.info.device):
         missing.append((say("bench.rows.of_limit"), "card"))
     return [say("bench.missing", what=what, why=say(f"bench.why.{why}")) for what, why in missing]
+
+
+def label(name: str, key: Any) -> tuple[str, dict[str, Any]]:
+    """A figure's name for readers: the text's key and its values."""
+    if name == "published_tok_s":
+        return f"bench.rows.published_{key}", {"n": PUBLISHED[key]}
+    return f"bench.rows.{name}", {"n": key}
+
+
+def _label(name: str, key: Any, say: Say) -> str:
+    text, values = label(name, key)
+    return say(text, **values)
 
 
 def _shown(value: float | None, unit: str) -> str:

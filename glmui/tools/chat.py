@@ -13,18 +13,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from glmui import i18n, prompts
+from glmui import i18n, notes, prompts
 from glmui.engine.client import EngineClient
 from glmui.engine.families import check_extras
 from glmui.errors import GlmuiError, InvalidInput
 from glmui.hub import installed, starter
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.text import open_counter
-from glmui.types import ChatEngine, Chunk, GenerationParams, Message, Progress, TokenCounter
+from glmui.types import ChatEngine, ChatSettings, Chunk, GenerationParams, Message, Progress, TokenCounter
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Chat:
     ) -> None:
         self._engine = engine
         self._count = count
-        self._params = params
-        self._system = [Message("system", system)] if system else []
+        self._settings = ChatSettings(params, system)
         self._said: list[Message] = []
         self._running = ""
 
@@ -81,14 +80,16 @@ class Chat:
         """Stream the reply to `text`; whatever came of it is remembered. Raises GlmuiError."""
         if not text.strip():
             raise InvalidInput("empty_message")
-        asked = [*self._system, *self._said, Message("user", text)]
-        budget = prompts.token_budget(self._params)
-        prompt = prompts.fit(asked, self._count, budget, hard_limit=self._params.max_length - 1)
+        info = self._engine.info()
+        limits = prompts.Limits(info.context_length, info.context_room)
+        prompt = prompts.compose([*self._said, Message("user", text)], self._settings, self._count, limits)
+        left_out = notes.note("left_out", rounds=prompt.left_out) if prompt.left_out else ""
         self._running, answer = uuid.uuid4().hex, ""
+        params = limits.bounded(self._settings.params)
         try:
-            for chunk in self._engine.stream_chat(prompt.messages, self._params, self._running):
+            for chunk in self._engine.stream_chat(prompt.messages, params, self._running):
                 answer += chunk.text
-                yield chunk
+                yield replace(chunk, note=notes.join(left_out, chunk.note)) if chunk.finish_reason else chunk
         finally:
             self._running = ""
             if answer:
@@ -199,8 +200,8 @@ def _answer_on(chat: Chat, line: str, terminal: Terminal) -> None:
     except GlmuiError as error:
         terminal.write(f"\n{error.message(terminal.language)}\n")
     else:
-        if last.note:
-            terminal.say(f"notes.{last.note}")
+        for words in notes.words(last.note, terminal.language):
+            terminal.write(words + "\n")
 
 
 def _read_line(read: Callable[[str], str]) -> str | None:

@@ -14,7 +14,7 @@ from glmui.engine import measure
 from glmui.engine.probe import ReadProbe
 from glmui.engine.wire import Wire, error_from, info_from
 from glmui.errors import EngineError
-from glmui.tools.bench_results import Results
+from glmui.tools.bench_results import Results, label
 from glmui.types import EngineSpec
 
 Show = Callable[..., None]  # (key without "cli.", **values)
@@ -79,11 +79,16 @@ class _Side:
             results.info = info_from(message["info"])
             results.load_s.append(message["seconds"])
         elif kind == "doing":
-            self._show(f"bench.rows.{message['name']}", n=message["key"])
+            key, values = label(message["name"], message["key"])
+            self._show(key, **values)
         elif kind == "figure":
             self._keep(message["name"], message["key"], message["value"], message.get("why", ""))
         elif kind == "bytes":
             results.weight_bytes, results.cache_bytes = message["weights"], message["cache"]
+        elif kind == "limit":
+            results.limits.append(message["gb_s"])
+        elif kind == "vram":
+            results.cuda_context = message["cuda_context"]
         elif kind == "probe":
             self._probe = self._probe or ReadProbe(message["threads"])
             results.limits.append(self._probe.measure())
@@ -92,7 +97,7 @@ class _Side:
             results.peak_rss = max(results.peak_rss, message["peak_rss"])
 
     def _keep(self, name: str, key: str, value: float | None, why: str) -> None:
-        self._results.tok_s[name][key] = value
+        self._results.rows[name][key] = value
         if why:
             self._results.missing.append((name, key, why))
 

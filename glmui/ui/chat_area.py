@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 
@@ -34,10 +35,12 @@ class ChatArea:
     versions: gr.HTML
     resume: gr.Button
     regenerate: gr.Button
+    room: gr.HTML
+    offers: gr.HTML
     box: gr.Textbox
 
 
-def build(words: Words) -> ChatArea:
+def build(words: Words, assets: Path) -> ChatArea:
     chip = gr.HTML(elem_id="engine")
     banner = gr.Markdown(visible=False, elem_id="banner")
     earlier = gr.Button(words("chat.earlier"), visible=False, size="sm", elem_id="earlier")
@@ -64,6 +67,12 @@ def build(words: Words) -> ChatArea:
         regenerate = gr.Button(
             words("chat.regenerate"), visible=False, size="sm", elem_id="regenerate", min_width=0
         )
+        room = gr.HTML(elem_id="room")
+    offers = gr.HTML(
+        elem_id="offers",
+        js_on_load=(assets / "offers.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+    )
     box = gr.Textbox(
         elem_id="box",
         label=words("chat.box"),
@@ -76,4 +85,4 @@ def build(words: Words) -> ChatArea:
         submit_btn=True,
         stop_btn=False,
     )
-    return ChatArea(chip, banner, earlier, thread, status, versions, resume, regenerate, box)
+    return ChatArea(chip, banner, earlier, thread, status, versions, resume, regenerate, room, offers, box)

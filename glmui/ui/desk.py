@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from glmui.doctor.finding import Finding
 from glmui.doctor.world import read_settings, this_machine
 from glmui.downloads import refuse_elsewhere
 from glmui.engine.device import count_physical_cores
-from glmui.errors import NotFound
+from glmui.errors import InvalidInput, NotFound
 from glmui.hub import installed
 from glmui.jobs import Job
 from glmui.meter import Meter
+from glmui.outlook import Outlook, RoomLeft
 from glmui.store import StoredMessage
-from glmui.types import ChatSettings
+from glmui.types import USUAL, ChatSettings, Once
+from glmui.ui.memory import Memory
 from glmui.ui.shelf import Shelf
 
 PAGE_OF_MESSAGES = 60  # shown at first; "earlier messages" adds as many again
@@ -49,8 +52,17 @@ class View:
     more: bool = False  # there are earlier messages, not shown
     live: Job | None = None
     place: int = 0
+    left: RoomLeft | None = None
     stamp: str = ""  # names what was looked at; the page hands back that of the view it shows
     follower: _Follower | None = None
+
+    @property
+    def seen(self) -> int | None:
+        """How many rounds the model sees, the newest ones; None for all."""
+        if self.left is None:
+            return None
+        left_out = self.live.left_out if self.live else self.left.left_out
+        return self.left.rounds - left_out if left_out else None
 
     @property
     def last_reply(self) -> StoredMessage | None:
@@ -76,7 +88,11 @@ class Desk:
     choice: Choice
     shelf: Shelf
     meter: Meter
+    memory: Memory = field(init=False)
     _followers: dict[str, _Follower] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.service, self.choice, self.meter)
 
     def view(self, conversation_id: str, limit: int = PAGE_OF_MESSAGES) -> View:
         """Raises NotFound where there is no such conversation."""
@@ -85,7 +101,8 @@ class Desk:
         live = self.service.live(conversation_id)
         messages = self.service.store.thread(conversation_id, newest=limit + 1)
         place = self.service.place(live) if live else 0
-        return View(tuple(messages[-limit:]), len(messages) > limit, live, place)
+        left = self.room_left(conversation_id)
+        return View(tuple(messages[-limit:]), len(messages) > limit, live, place, left)
 
     async def follow(self, tab: str, conversation_id: str, limit: int) -> AsyncIterator[View]:
         """Views of a conversation while its reply grows, the last one when nothing is being written.
@@ -195,19 +212,41 @@ class Desk:
         if "idle_minutes" in changes:
             self.service.engine.set_idle_seconds(settings.idle_minutes * 60)
 
-    def unload(self) -> tuple[int | None, int | None]:
-        """End the engine process: bytes it held before and holds after, or (None, None) if it slept."""
-        info = self.service.engine.info()
-        if info.pid is None:
-            return None, None
-        before = self.meter.read(info.pid).engine_rss
-        self.service.engine.unload()
-        return before, self.meter.read(info.pid).engine_rss or 0
+    # Sending
 
-    def send(self, conversation_id: str, text: str, settings: ChatSettings, tab: str) -> str:
+    def outlook(self, conversation_id: str, text: str, settings: ChatSettings, tab: str) -> Outlook | None:
+        """What memory has room for, where it lacks room for this message and something helps; else None.
+
+        Raises what `send` would raise in an idle conversation.
+        """
+        self.service.check(text, tab)
+        if self.service.live(conversation_id):
+            return None
+        with suppress(InvalidInput):  # beyond max_length: the reply tells it, and the message is kept
+            outlook = self.service.outlook(conversation_id, text, settings)
+            return outlook if outlook and not outlook.fits and outlook.can_be_helped else None
+        return None
+
+    def room_left(self, conversation_id: str) -> RoomLeft | None:
+        """What the conversation leaves for its next message; None before its first."""
+        return self.service.room_left(conversation_id) if conversation_id else None
+
+    def take_offer(self, act: str, outlook: Outlook) -> Once:
+        """What the reply is to be asked for with; a wish that is kept is kept at once."""
+        if act == "shorter":
+            return Once(max_new_tokens=outlook.reply_room)
+        if act == "on_cpu":
+            return Once(device="cpu")
+        if act == "move_layers":
+            self.choose(device="mixed", layers_on_gpu=outlook.layers_left)
+        return Once()  # the oldest rounds are left out by themselves
+
+    def send(
+        self, conversation_id: str, text: str, settings: ChatSettings, tab: str, once: Once = USUAL
+    ) -> str:
         """Send, in a new conversation where there is none yet; its id."""
         self.service.check(text, tab)
         if not conversation_id:
             conversation_id = self.service.new_conversation(settings).id
-        self.service.send(conversation_id, text, client=tab)
+        self.service.send(conversation_id, text, client=tab, once=once)
         return conversation_id

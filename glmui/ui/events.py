@@ -16,9 +16,10 @@ import gradio as gr
 
 from glmui.doctor.report import report
 from glmui.errors import GlmuiError, InvalidInput
-from glmui.types import ChatSettings
-from glmui.ui import present, present_doctor, present_models, settings_area
+from glmui.types import USUAL, ChatSettings, Once
+from glmui.ui import present, present_doctor, present_models, present_outlook, present_plan, settings_area
 from glmui.ui.desk import PAGE_OF_MESSAGES, Desk, View
+from glmui.ui.memory_events import CONTROLS, MemoryEvents
 from glmui.ui.words import Words
 
 Updates = Any  # one value, or a tuple with one for each output
@@ -37,7 +38,7 @@ def told(method: Callable[..., Updates]) -> Callable[..., Updates]:
     return wrapper
 
 
-ENGINE_SETTINGS = 8  # what _engine_settings updates
+ENGINE_SETTINGS = 8 + CONTROLS  # what _engine_settings updates
 
 
 class Events:
@@ -45,6 +46,7 @@ class Events:
         self.desk = desk
         self.words = words
         self.language = words.language
+        self.memory = MemoryEvents(desk.memory, words)
 
     # Conversations. "Here" is: current, how many messages are shown, the conversation's settings.
 
@@ -67,7 +69,7 @@ class Events:
         chatglm = gr.update(value=chosen.chatglm_family or None, visible=self.desk.choice.in_doubt())
         return (
             model, chatglm, chosen.device, chosen.threads, chosen.quantize, chosen.idle_minutes,
-            chosen.prefix, chosen.adapter,
+            chosen.prefix, chosen.adapter, *self.memory.controls(),
         )  # fmt: skip
 
     @told
@@ -99,13 +101,34 @@ class Events:
 
     @told
     def send(self, current: str, text: str, tab: str, *values: Any) -> Updates:
+        """The message goes out. Where memory lacks room for it, it stays in the box, with what would help."""
+        settings = settings_area.gather(values)
         try:
-            sent = self.desk.send(current, text, settings_area.gather(values), tab)
+            outlook = self.desk.outlook(current, text, settings, tab)
         except InvalidInput as error:
             if error.code != "empty_message":
                 raise
-            return gr.skip(), gr.update(placeholder=error.message(self.language))
-        return sent, gr.update(value="", placeholder=self.words("chat.placeholder"))
+            return gr.skip(), gr.update(placeholder=error.message(self.language)), ""
+        if outlook:
+            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.language)
+        return self._sent(current, text, tab, settings)
+
+    def _sent(self, current: str, text: str, tab: str, settings: ChatSettings, once: Once = USUAL) -> Updates:
+        sent = self.desk.send(current, text, settings, tab, once)
+        return sent, gr.update(value="", placeholder=self.words("chat.placeholder")), ""
+
+    @told
+    def take_offer(self, event: gr.EventData, current: str, text: str, tab: str, *values: Any) -> Updates:
+        """What was chosen is done where it still helps: text, settings and memory may be others by now."""
+        if event.act == "cancel":
+            return gr.skip(), gr.skip(), ""
+        settings = settings_area.gather(values)
+        outlook = self.desk.outlook(current, text, settings, tab)
+        if outlook is None:
+            return self._sent(current, text, tab, settings)
+        if event.act not in [act for act, *_ in present_outlook.acts(outlook)]:
+            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.language)
+        return self._sent(current, text, tab, settings, self.desk.take_offer(event.act, outlook))
 
     @told
     def stop(self, current: str) -> None:
@@ -144,14 +167,20 @@ class Events:
     def _view(self, view: View) -> tuple[Updates, ...]:
         last = view.last_reply
         return (
-            present.thread(view.messages, view.live, self.language),
+            present.thread(view.messages, view.live, self.language, view.seen),
             present.status(view.live, view.place, last, self.language),
             gr.update(submit_btn=not view.live, stop_btn=bool(view.live)),
             gr.update(visible=view.more),
             present.versions(None if view.live else last, self.language),
             gr.update(visible=view.can_continue),
             gr.update(visible=bool(view.messages) and not view.live),
+            gr.skip() if view.live else present_outlook.room(view.left, self.language),
         )
+
+    def _room(self, current: str) -> Updates:
+        if self.desk.service.live(current):
+            return gr.skip()  # it is told anew when the reply has ended
+        return present_outlook.room(self.desk.room_left(current), self.language)
 
     # Settings
 
@@ -176,17 +205,16 @@ class Events:
         return lambda value: change(self, value)
 
     @told
+    def keep_layers(self, layers: float | None, fit: bool = False) -> Updates:
+        """So many layers on the card as the slider says, or as fit, which it then shows."""
+        self.desk.choose(layers_on_gpu=None if fit else present_plan.whole(layers))
+        return self.memory.slider()
+
+    @told
     def use_folder(self, folder: str) -> Updates:
         self.desk.choose(model=folder.strip().strip('"'))
         chosen = self.desk.choice.settings.model
         return "", gr.update(choices=self.desk.models(self.language), value=chosen)
-
-    @told
-    def unload(self) -> Updates:
-        before, after = self.desk.unload()
-        if before is None:
-            return self.words("settings.nothing_loaded")
-        return self.words("settings.freed", before=present.size(before), after=present.size(after))
 
     # Models
 
@@ -216,16 +244,26 @@ class Events:
     # The pulse of the page
 
     def tick(
-        self, tab: str, current: str, showing: str, seen: str, pulse: int, query: str, shelf: str
+        self,
+        tab: str,
+        current: str,
+        showing: str,
+        seen: str,
+        pulse: int,
+        query: str,
+        shelf: str,
+        *layers: Any,
     ) -> Updates:
         service, chosen = self.desk.service, self.desk.choice.settings
         info = service.engine.info()
         return (
             present.meter(self.desk.meter.read(info.pid), self.language) + self._aside(),
-            present.engine(info, chosen.model, service.running(), self.language),
+            present.engine(info, chosen.model, service.running(), self.language, chosen.idle_minutes),
+            self._room(current),
             pulse + 1 if self.desk.needs_follower(tab, current, showing) else gr.skip(),
             *self._news(current, seen, query),
             *self._shelf(shelf),
+            *self.memory.plan(*layers),
         )
 
     def _news(self, current: str, seen: str, query: str) -> tuple[Updates, ...]:

@@ -43,7 +43,7 @@ class _Wiring:
         with gr.Sidebar(position="right", width=320, open=False, elem_id="right") as self.right:
             self.settings = settings_area.build(words, desk.devices(words.language), desk.cores)
         with gr.Column(elem_id="middle"):
-            self.chat = chat_area.build(words)
+            self.chat = chat_area.build(words, assets)
             self.welcome = welcome_area.build(words, assets)
             self.models = models_area.build(words, assets)
             self.doctor = doctor_area.build(words)
@@ -56,6 +56,7 @@ class _Wiring:
         self._conversations()
         self._conversation_settings()
         self._model()
+        self._memory()
         self._shelf()
         self._examining()
         self._ticking()
@@ -72,7 +73,7 @@ class _Wiring:
             "inputs": [self.tab, self.current, self.shown],
             "outputs": [
                 chat.thread, chat.status, chat.box, chat.earlier,
-                chat.versions, chat.resume, chat.regenerate, self.showing,
+                chat.versions, chat.resume, chat.regenerate, chat.room, self.showing,
             ],
             "trigger_mode": "multiple",
             **ACT,
@@ -92,8 +93,10 @@ class _Wiring:
     def _asking(self) -> None:
         do, chat = self.do, self.chat
         asked = [self.current, chat.box, self.tab, *self.settings.of_conversation]
-        sent = chat.box.submit(do.send, asked, [self.current, chat.box], preprocess=False, **ACT)
-        self._then_follow(sent)
+        answered = [self.current, chat.box, chat.offers]
+        self._then_follow(chat.box.submit(do.send, asked, answered, preprocess=False, **ACT))
+        self._then_follow(chat.offers.select(do.take_offer, asked, answered, preprocess=False, **ACT))
+        self.current.change(lambda: "", None, chat.offers, **QUICK)
         chat.box.stop(do.stop, self.current, None, **ACT)
         for button, act in ((chat.regenerate, do.regenerate), (chat.resume, do.resume)):
             self._then_follow(button.click(act, [self.current, self.tab], None, **ACT))
@@ -140,20 +143,50 @@ class _Wiring:
         changes = [
             ("model", ours.model, ours.model.input),
             ("chatglm_family", ours.chatglm, ours.chatglm.input),
-            ("device", ours.device, ours.device.input),
             ("quantize", ours.quantize, ours.quantize.input),
             ("prefix", ours.prefix, ours.prefix.blur),
             ("adapter", ours.adapter, ours.adapter.blur),
             ("prefix", ours.prefix, ours.prefix.submit),
             ("adapter", ours.adapter, ours.adapter.submit),
             ("threads", ours.threads, ours.threads.blur),
-            ("idle_minutes", ours.idle, ours.idle.blur),
+            ("idle_minutes", ours.memory.idle, ours.memory.idle.blur),
         ]
         for name, control, changed in changes:
             changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
         asked = [ours.use_folder.click, ours.folder.submit]
         gr.on(asked, do.use_folder, ours.folder, [ours.folder, ours.model], **ACT)
-        ours.unload.click(do.unload, None, ours.freed, **ACT)
+
+    def _memory(self) -> None:
+        """Whatever changes what goes where is followed by a tick, which tells it at once."""
+        do, ours, memory = self.do, self.settings, self.settings.memory
+        layers = ours.layers
+        layers.slider.input(
+            do.memory.predict, layers.slider, [layers.fit, *layers.told], trigger_mode="always_last", **QUICK
+        )
+        kept = [
+            layers.slider.release(
+                do.keep_layers,
+                layers.slider,
+                layers.slider,
+                trigger_mode="always_last",
+                preprocess=False,
+                **ACT,
+            ),
+            layers.fit.input(do.keep_layers, [layers.slider, layers.fit], layers.slider, **ACT),
+            *(
+                changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
+                for name, control, changed in (
+                    ("context", memory.context, memory.context.blur),
+                    ("kv_cache", memory.cache, memory.cache.input),
+                    ("head_bits", memory.head, memory.head.input),
+                    ("vram_reserve_gb", memory.reserve, memory.reserve.blur),
+                    ("device", ours.device, ours.device.input),
+                )
+            ),
+            ours.unload.click(do.memory.free, None, ours.freed, **ACT),
+        ]
+        for event in kept:
+            event.success(**self._tick())
 
     def _shelf(self) -> None:
         for area, act in ((self.models.shelf, self.do.act), (self.welcome.ways, self.do.act_and_choose)):
@@ -170,13 +203,14 @@ class _Wiring:
             "fn": self.do.tick,
             "inputs": [
                 self.tab, self.current, self.showing, self.seen, self.pulse, side.search, models.seen,
+                ours.layers.fit, ours.layers.slider, *ours.layers.told,
             ],
             "outputs": [
-                side.meter, chat.chip, self.pulse,
+                side.meter, chat.chip, chat.room, self.pulse,
                 side.rows, self.seen, chat.banner, chat.thread, self.welcome.panel,
-                ours.model, ours.chatglm, ours.device, ours.threads, ours.quantize, ours.idle,
-                ours.prefix, ours.adapter,
-                models.shelf, self.welcome.ways, models.seen,
+                ours.model, ours.chatglm, ours.device, ours.threads, ours.quantize, ours.memory.idle,
+                ours.prefix, ours.adapter, *ours.layers.controls, *ours.memory.controls,
+                models.shelf, self.welcome.ways, models.seen, *ours.layers.told,
             ],
             **QUICK,
         }  # fmt: skip

@@ -11,10 +11,13 @@ from typing import Any
 from glmui import errors, i18n
 from glmui.jobs import Job
 from glmui.meter import Reading
+from glmui.notes import words as notes_words
 from glmui.store import Conversation, StoredMessage
 from glmui.types import EngineInfo, Progress
 from glmui.ui.markdown import for_display
 
+# Reasons that are shown, not only told on hovering.
+SLOWER = ("reasons.kernels_", "reasons.card_kernels_", "reasons.memory_")
 WARN, FULL = 0.85, 0.95  # parts of a meter's bar at which its colour turns
 
 
@@ -28,9 +31,26 @@ def size(count: int | None) -> str:
 # The thread
 
 
-def thread(messages: Sequence[StoredMessage], live: Job | None, language: str) -> list[dict[str, Any]]:
-    """Chatbot messages. The reply being written is taken from its job, the others as they are saved."""
-    return [_message(m, live if live and live.reply_id == m.id else None, language) for m in messages]
+def thread(
+    messages: Sequence[StoredMessage], live: Job | None, language: str, seen: int | None = None
+) -> list[dict[str, Any]]:
+    """Chatbot messages. The reply being written is taken from its job, the others as they are saved.
+
+    seen: how many rounds the model sees; a line is drawn above them. None for all.
+    """
+    shown = [_message(m, live if live and live.reply_id == m.id else None, language) for m in messages]
+    if above := _unseen(messages, seen):
+        words = html.escape(i18n.text(language, "room.from_here"))
+        shown[above - 1]["content"] += f'\n\n<small class="from-here">{words}</small>'
+    return shown
+
+
+def _unseen(messages: Sequence[StoredMessage], seen: int | None) -> int:
+    """How many of the messages shown the model does not see."""
+    asked = [place for place, message in enumerate(messages) if message.role == "user"]
+    if seen is None or seen > len(asked):
+        return 0
+    return asked[len(asked) - seen] if seen else len(messages)
 
 
 def _message(message: StoredMessage, live: Job | None, language: str) -> dict[str, Any]:
@@ -56,9 +76,7 @@ def footnotes(message: StoredMessage, language: str) -> list[str]:
         notes.append(say(f"notes.{message.state}"))
     elif message.finish_reason == "length":
         notes.append(say("notes.length"))
-    if message.note:
-        notes.append(say(f"notes.{message.note}"))
-    return notes
+    return notes + notes_words(message.note, language)
 
 
 # The line under the thread
@@ -165,20 +183,36 @@ def _midnight(moment: time.struct_time) -> float:
 # Engine and meter
 
 
-def engine(info: EngineInfo, chosen: str, running: int, language: str) -> str:
-    """The chip at the top: which model, and whether it is awake; below it, why it is slower than need be."""
+def engine(info: EngineInfo, chosen: str, running: int, language: str, idle_minutes: float = 0) -> str:
+    """The chip at the top: which model, and whether it is awake; below it, why it is slower than need be.
+
+    idle_minutes: after so many its memory is given back, 0 for never.
+    """
     say = partial(i18n.text, language)
     state = "busy" if running and info.state == "ready" else info.state
-    where = " · ".join(filter(None, [model_name(chosen), info.device]))
+    device = say("settings.device_mixed") if info.device == "mixed" else info.device
+    where = " · ".join(filter(None, [model_name(chosen), device]))
     why = say(info.reason, device=info.device, dtype=info.dtype) if info.reason else ""
-    slow = f'<p class="slow">{html.escape(why)}</p>' if info.reason.startswith("reasons.kernels_") else ""
-    if info.kernel:
-        why += " " + say("reasons.kernels", kernel=info.kernel)
+    slow = f'<p class="slow">{html.escape(why)}</p>' if info.reason.startswith(SLOWER) else ""
+    more = [why, _kernel(info, language), _rest(info, chosen, idle_minutes, language)]
     return (
-        f'<div class="chip {state}" title="{html.escape(why)}"><b></b>'
+        f'<div class="chip {state}" title="{html.escape(" ".join(filter(None, more)))}"><b></b>'
         f"<span>{html.escape(where or say('engine.none'))}</span>"
         f"<em>{html.escape(say(f'engine.{state}') if chosen else '')}</em></div>{slow}"
     )
+
+
+def _kernel(info: EngineInfo, language: str) -> str:
+    """What computes the layers, where that is not torch."""
+    key = "reasons.card_kernels" if info.kernel.startswith("sm_") else "reasons.kernels"
+    return i18n.text(language, key, kernel=info.kernel) if info.kernel else ""
+
+
+def _rest(info: EngineInfo, chosen: str, idle_minutes: float, language: str) -> str:
+    """Whether the model holds memory now, and for how long."""
+    if info.state == "ready" and idle_minutes:
+        return i18n.text(language, "engine.idle_end", minutes=f"{idle_minutes:g}")
+    return i18n.text(language, "engine.sleeps") if info.state == "asleep" and chosen else ""
 
 
 def model_name(model: str) -> str:

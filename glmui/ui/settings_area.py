@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from glmui.types import BOUNDS, ChatSettings, GenerationParams
+from glmui.ui import memory_area
 from glmui.ui.words import Words
 
 # slider: (name, lowest, highest, step); the page's reach may be narrower than BOUNDS
@@ -32,11 +33,12 @@ class SettingsArea:
     prefix: gr.Textbox
     adapter: gr.Textbox
     device: gr.Dropdown
+    layers: memory_area.LayersArea
+    unload: gr.Button
+    freed: gr.HTML
     threads: gr.Number
     quantize: gr.Dropdown
-    idle: gr.Number
-    unload: gr.Button
-    freed: gr.Markdown
+    memory: memory_area.MemoryArea
     sliders: tuple[gr.Slider, ...]
     history: gr.Radio
     rounds: gr.Slider
@@ -98,8 +100,17 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             elem_id="chatglm-family",
         )
         device = gr.Dropdown(
-            label=words("settings.device"), info=words("settings.device_info"), choices=list(devices)
+            label=words("settings.device"),
+            info=words("settings.device_info"),
+            choices=list(devices),
+            elem_id="device",
         )
+        layers = memory_area.build_layers(words)
+        has_card = any(name == "mixed" for _, name in devices)
+        unload = gr.Button(
+            words("settings.unload_card" if has_card else "settings.unload"), size="sm", elem_id="unload"
+        )
+        freed = gr.HTML('<div role="status"></div>', elem_id="freed")
         threads = gr.Number(
             label=words("settings.threads"),
             info=words("settings.threads_info", cores=cores),
@@ -112,9 +123,7 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             info=words("settings.quantize_info"),
             choices=[(words(f"settings.quantize_{bits}"), bits) for bits in ("none", "int8", "int4")],
         )
-        idle = gr.Number(label=words("settings.idle"), info=words("settings.idle_info"), minimum=0)
-        unload = gr.Button(words("settings.unload"), size="sm", elem_id="unload")
-        freed = gr.Markdown(elem_id="freed")
+    memory = memory_area.build_memory(words, has_card)
     with gr.Accordion(words("settings.extras_section"), open=False):
         prefix, adapter = (
             gr.Textbox(
@@ -182,6 +191,6 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
         elem_id="looks",
     )
     return SettingsArea(
-        model, folder, use_folder, chatglm, prefix, adapter, device, threads, quantize, idle, unload, freed,
-        sliders, history, rounds, tokens, system, reset,
+        model, folder, use_folder, chatglm, prefix, adapter, device, layers, unload, freed, threads,
+        quantize, memory, sliders, history, rounds, tokens, system, reset,
     )  # fmt: skip

@@ -1,0 +1,152 @@
+"""A ChatGLM on a card as the bench drives it, and what there is to measure on a card besides."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmui.engine.figures import (
+    MOST_STEPS,
+    PUBLISHED,
+    NotMeasured,
+    Published,
+    Rows,
+    decode_rate,
+    median_of,
+    prefill_rate,
+)
+from glmui.engine.subjects import DecoderRow, GLMRows, GLMSubject, kept_bytes
+from glmui.glm.checkpoint import AnyModel
+from glmui.meter import Meter
+from glmui.quant.linear import QuantizedLinear
+from glmui.quant.on_card import CardLinear
+from glmui.quant.packing import dequantise
+
+_PREFILL_SECONDS = 20.0
+_COPIED = 128 << 20  # bytes: more than any card's L2 cache, and little beside a model
+
+
+class CardSubject(GLMSubject):
+    """See figures.Subject and figures.OnCard.
+
+    By the engine's own decoder: it alone takes the quickest way to the next token, and there may be no memory
+    for a second KV cache.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__(decoder)
+        self._decoder = decoder
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> None:
+        int(self._decoder.prefill(self._prompt(tokens), _ignore).argmax())
+
+    def at(self, context: int, rows: int) -> Rows:
+        if rows == 1:
+            return CardRow(self._decoder, self._prompt(context))
+        several: Rows = self._in_room(GLMRows, self._model, self._prompt(context), rows)
+        return several
+
+    def peak(self, context: int) -> int:
+        """See OnCard. As torch's allocator counts, over all cards."""
+        cards = range(torch.cuda.device_count())
+        for card in cards:
+            torch.cuda.reset_peak_memory_stats(card)
+        row = self.at(context - MOST_STEPS, 1)
+        row.reset()
+        for _ in range(MOST_STEPS):
+            row.step()
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards)
+
+    def published(self, what: Published) -> float:
+        """See OnCard."""
+        tokens = PUBLISHED[what]
+        with published_way(self._model):
+            if what == "decode":
+                return decode_rate(self._in_room(GLMRows, self._model, self._prompt(tokens), 1))
+            return median_of(lambda: self._in_room(prefill_rate, self, tokens), _PREFILL_SECONDS)
+
+    def _in_room(self, take: Any, *arguments: Any) -> Any:
+        try:
+            return take(*arguments)
+        except torch.OutOfMemoryError:
+            raise NotMeasured("card_memory") from None
+
+
+class CardRow(DecoderRow):
+    """One conversation in the engine's own KV cache."""
+
+    def __init__(self, decoder: Any, prompt: list[int]) -> None:
+        super().__init__(decoder, prompt)
+        self._model, self._glm = decoder.model, decoder
+
+    def cache_bytes(self) -> int:
+        self.reset()
+        return kept_bytes(self._glm.cache, self._model.config.num_layers, len(self._prompt))
+
+
+class PublishedLinear(nn.Module):
+    """As the published code does it: the whole matrix in 16 bits for each multiplication."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self._layer = layer
+        self.bias = layer.bias  # by which a block knows what it computes in
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        if isinstance(layer, CardLinear):
+            matrix = x.new_empty(layer.out_features, layer.in_features)
+            layer.kernels.widen(layer.weight, layer.weight_scale, layer.weight_bit_width, matrix)
+        else:
+            kept = layer.weight, layer.weight_scale, layer.weight_bit_width
+            matrix = dequantise(*kept, layer.in_features, x.dtype)
+        return F.linear(x, matrix, layer.bias)
+
+
+@contextmanager
+def published_way(model: AnyModel) -> Iterator[None]:
+    """Within it, the model's quantised layers compute as the published code does."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, PublishedLinear(layer))
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+def copy_gb_s(device: str, copies: int = 5) -> float:
+    """How fast the card copies memory, bytes read and written counted, the best of several copies: what no
+    decoding can be faster than."""
+    source = torch.empty(_COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(copies + 1):  # the first wakes the card up
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(8):
+            target.copy_(source)
+        torch.cuda.synchronize(device)
+        seconds.append((time.perf_counter() - began) / 8)
+    return 2 * _COPIED / min(seconds[1:]) / 1e9
+
+
+def cuda_context(device: str) -> int | None:
+    """Bytes of the card that this process holds beside torch's, None where the driver does not tell."""
+    with closing(Meter()) as meter:
+        cards = {card.index: card.own for card in meter.read(os.getpid()).cards}
+    own = cards.get(torch.device(device).index or 0)
+    return None if own is None else max(0, own - torch.cuda.memory_reserved(device))
+
+
+def _ignore(part: float) -> None:
+    """A prefill's progress, which nobody wants here."""

@@ -1,0 +1,108 @@
+"""A card's kernels as layers of a model: use_card_kernels() swaps them in for the quantised layers there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmui.quant.kernels.cuda.native import MOST_ROWS, CardKernels
+from glmui.quant.linear import QuantizedLinear
+from glmui.quant.mapped import release
+from glmui.quant.packing import quantise, rows_of
+
+# Bytes on each card to widen weights into: half of ChatGLM-6B's largest matrix.
+SCRATCH = 64 << 20
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Scratch:
+    """Memory on one card that all layers there widen their weights into, one after the other. Taken once."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._memory = torch.empty(nbytes // 2, dtype=torch.float16, device=device)
+
+    def rows(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """As many whole rows as there is room for, [rows, columns] in a 16-bit dtype, for writing only."""
+        count = self._memory.numel() // columns
+        return self._memory[: count * columns].view(dtype).view(count, columns)
+
+
+class CardLinear(QuantizedLinear):
+    """A QuantizedLinear on a card: same tensors, other arithmetic.
+
+    A few rows of x are multiplied by a kernel that reads the weight as it is stored. Of a weight that many
+    rows are to meet a slice is widened, multiplied by the card's own matrix product, and forgotten. float32
+    is computed as a QuantizedLinear does it.
+    """
+
+    def __init__(self, layer: QuantizedLinear, kernels: CardKernels, scratch: Scratch) -> None:
+        kept = layer.weight, layer.weight_scale, layer.bias
+        super().__init__(layer.in_features, layer.out_features, layer.weight_bit_width, *kept)
+        self.weight, self.weight_scale, self.bias = kept  # an output head's may be the embedding's too
+        self.whole = layer.whole
+        self.kernels, self._scratch = kernels, scratch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out] in x's dtype."""
+        if x.dtype not in _HALVES:
+            return super().forward(x)
+        if x.shape[:-1].numel() > MOST_ROWS:
+            return self._in_slices(x)
+        return self.kernels.linear(x, self.weight, self.weight_scale, self.weight_bit_width, self.bias)
+
+    def _in_slices(self, x: Tensor) -> Tensor:
+        room = self._scratch.rows(self.in_features, x.dtype)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        for first in range(0, self.out_features, len(room)):
+            rows = slice(first, first + len(room))
+            weight = self.weight[rows]
+            widened = room[: len(weight)]
+            self.kernels.widen(weight, self.weight_scale[rows], self.weight_bit_width, widened)
+            out[..., rows] = F.linear(x, widened, None if self.bias is None else self.bias[rows])
+        return out
+
+
+def use_card_kernels(model: nn.Module, kernels: Mapping[torch.device, CardKernels]) -> None:
+    """Swap in kernels for the quantised layers on these devices that they can compute."""
+    for device, found in kernels.items():
+        mine = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, QuantizedLinear) and layer.weight.device == device and is_computable(layer)
+        }
+        if mine:
+            scratch = Scratch(scratch_bytes(*mine.values()), device)
+        for name, layer in mine.items():
+            model.set_submodule(name, CardLinear(layer, found, scratch))
+
+
+def scratch_bytes(*layers: QuantizedLinear) -> int:
+    """What these layers need to widen a slice, or a whole matrix where that is wished for."""
+    rows = [2 * layer.in_features for layer in layers]
+    whole = [2 * layer.in_features * layer.out_features for layer in layers]
+    wished = any(layer.whole for layer in layers)
+    return max(whole, default=0) if wished else max(min(SCRATCH, max(whole, default=0)), max(rows, default=0))
+
+
+def is_computable(layer: QuantizedLinear) -> bool:
+    """Whether the kernels take such a layer: any shape, with scales as published."""
+    return layer.weight_scale.dtype == torch.float16
+
+
+def head_in_int8(head: nn.Linear, device: torch.device) -> QuantizedLinear:
+    """An output head quantised onto a card, block by block, so that it never lies there in 16 bits.
+
+    The table that an embedding shares with it may stay where it is: in a mapped file it takes no memory.
+    """
+    rows, columns = head.weight.shape
+    stored = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    scale = torch.empty(rows, dtype=torch.float16, device=device)
+    step = rows_of(columns)
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        stored[block], scale[block] = quantise(head.weight[block].detach().to(device), 8)
+    release(head.weight)
+    return QuantizedLinear(columns, rows, 8, stored, scale)

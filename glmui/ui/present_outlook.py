@@ -1,0 +1,66 @@
+"""What the page says of room: the line under the thread, and the offers for a message that is too much."""
+
+from __future__ import annotations
+
+import html
+from functools import partial
+from typing import Any
+
+from glmui import i18n
+from glmui.outlook import Outlook, RoomLeft
+
+
+def room(left: RoomLeft | None, language: str) -> str:
+    """One line in terms of the conversation; nothing where it cannot be told."""
+    if left is None:
+        return ""
+    words = [i18n.text(language, "room.left", tokens=about(left.tokens))]
+    if left.for_room:
+        key = "room.leaves_out_one" if left.for_room == 1 else "room.leaves_out"
+        words.append(i18n.text(language, key, rounds=left.for_room))
+    kind = " little" if left.little else ""
+    return f'<p class="room{kind}">{html.escape(" · ".join(words))}</p>'
+
+
+def about(tokens: int) -> str:
+    """A number of tokens as people say it, never more than it is: 1,150, 480, 93."""
+    step = 50 if tokens >= 1000 else 10 if tokens >= 100 else 1
+    return f"{tokens // step * step:,}"
+
+
+def offers(outlook: Outlook, language: str) -> str:
+    """The panel above the box: what is wrong, and a button for each thing that helps. assets/offers.js gives
+    it its life."""
+    say = partial(i18n.text, language)
+    words = say("offers.why", needed=f"{outlook.needed:,}", room=f"{outlook.room:,}")
+    buttons = "".join(_button(act, key, numbers, language) for act, key, numbers in acts(outlook))
+    return (
+        '<section class="offers" role="dialog" aria-labelledby="offers-title" aria-describedby="offers-why">'
+        f'<h2 id="offers-title">{html.escape(say("offers.title"))}</h2>'
+        f'<p id="offers-why">{html.escape(words)}</p>{buttons}'
+        f'<button type="button" class="quiet" data-act="cancel">{html.escape(say("offers.cancel"))}</button>'
+        "</section>"
+    )
+
+
+def acts(outlook: Outlook) -> list[tuple[str, str, dict[str, Any]]]:
+    """What would help, the least costly first: (act, a key of the locales' "offers", its numbers)."""
+    rounds, layers, tokens = outlook.rounds_to_leave_out, outlook.layers_to_move, outlook.reply_room
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    if rounds:
+        found.append(("leave_out", "leave_out_one" if rounds == 1 else "leave_out", {"rounds": rounds}))
+    if tokens:
+        found.append(("shorter", "shorter", {"tokens": f"{tokens:,}"}))
+    if layers:
+        numbers = {"layers": layers, "left": outlook.layers_left}
+        found.append(("move_layers", "move_layers_one" if layers == 1 else "move_layers", numbers))
+    if outlook.fits_on_cpu:
+        found.append(("on_cpu", "on_cpu", {}))
+    return found
+
+
+def _button(act: str, key: str, numbers: dict[str, Any], language: str) -> str:
+    does, costs = (
+        html.escape(i18n.text(language, f"offers.{name}", **numbers)) for name in (key, f"{act}_costs")
+    )
+    return f'<button type="button" data-act="{act}"><b>{does}</b><small>{costs}</small></button>'

@@ -1,0 +1,153 @@
+"""What a model takes of the memory: a line, what to do where it is short, a small table. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from html import escape
+
+from glmui import i18n
+from glmui.engine.fitting import context_that_fits
+from glmui.engine.forecast import Forecast, explain
+from glmui.engine.model_size import CPU
+from glmui.engine.plan import CUDA_CONTEXT, Plan, budget
+from glmui.ui.memory import Freed, Prospect
+from glmui.ui.present import size
+
+_SPOKEN = ' role="status"'
+
+
+def whole(layers: float | None) -> int:
+    """The slider's number: None while its box is empty, anything while it is typed."""
+    return max(0, int(layers or 0))
+
+
+def about(tokens: int) -> str:
+    """Tokens as one speaks of room for them: round, and rather too few."""
+    return f"{tokens // 50 * 50:,}" if tokens >= 200 else str(tokens // 10 * 10)
+
+
+def line(prospect: Prospect, language: str, spoken: bool = False) -> str:
+    """How much is on the card and what comes of it, and what to do where it does not fit.
+
+    spoken: by screen readers, as the answer to their reader's own hand; what changes by itself is not.
+    """
+    cure = _cure(prospect, language)
+    told = f"<p>{escape(_summary(prospect, language))}</p>" + (f"<p>{escape(cure)}</p>" if cure else "")
+    return f'<div class="plan{" short" * bool(cure)}"{_SPOKEN * spoken}>{told}</div>'
+
+
+def trouble(words: str) -> str:
+    """In the place of a plan: why there is none."""
+    return f'<div class="plan short"><p>{escape(words)}</p></div>'
+
+
+def _summary(prospect: Prospect, language: str) -> str:
+    """How much is on the card, what that takes of what is free, and how long a conversation may get."""
+    say = partial(i18n.text, language)
+    parts = [_layers(prospect.found.plan.layers, language), _share(prospect.found.plan, language)]
+    if prospect.short:
+        parts.append(say("memory.short", size=size(max(prospect.short.values()))))
+    else:
+        parts.append(say("memory.room", tokens=about(prospect.room)))
+    return " · ".join(parts)
+
+
+def _layers(devices: Sequence[str], language: str) -> str:
+    on_cards = [device for device in devices if device != CPU]
+    cards = len(set(on_cards))
+    if not cards:
+        return i18n.text(language, "memory.on_cpu")
+    key = "memory.all_on_card" if len(on_cards) == len(devices) else "memory.on_card"
+    key += "s" * (cards > 1)
+    return i18n.text(language, key, count=len(on_cards), layers=len(devices), cards=cards)
+
+
+def _share(plan: Plan, language: str) -> str:
+    """What it needs of what is free for it: on the cards where any is used, else of RAM."""
+    cards = [device for device in plan.on if device != CPU]
+    used = cards or [CPU]
+    beside = CUDA_CONTEXT * len(cards)  # no plan counts it, but every meter does
+    need = sum(plan.on[device] for device in used) + beside
+    free = sum(budget(plan.machine, plan.wish, device) for device in used) + beside
+    key = "memory.vram" if cards else "memory.ram"
+    return i18n.text(language, key, need=_gb(need), free=_gb(max(0, free)))
+
+
+def _gb(count: int) -> str:
+    """Whole ones where there are many: what is free flickers."""
+    return f"{count / 1e9:.1f}" if count < 10e9 else f"{count // 10**9}"
+
+
+def _cure(prospect: Prospect, language: str) -> str:
+    """What to do where something is short; "" where nothing is."""
+    say = partial(i18n.text, language)
+    if not prospect.short:
+        return ""
+    if set(prospect.short) == {CPU}:
+        return _cure_of_ram(prospect.found, language)
+    if not prospect.most:
+        return say("memory.cure_card")
+    by_hand = prospect.found.plan.wish.device == "mixed"
+    return say("memory.cure_layers" if by_hand else "memory.cure_mixed", most=prospect.most)
+
+
+def _cure_of_ram(found: Forecast, language: str) -> str:
+    if fits := context_that_fits(found.size, found.machine, found.plan.wish):
+        return i18n.text(language, "memory.cure_context", tokens=about(fits))
+    return explain(found.plan, found.size, language).advice
+
+
+# The table
+
+
+def table(prospect: Prospect, language: str) -> str:
+    """Where each part is, or will be, and how much it takes there."""
+    say = partial(i18n.text, language)
+    plan, told = prospect.found.plan, explain(prospect.found.plan, prospect.found.size, language)
+    several = len(plan.machine.cards) > 1
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row.part)}</th><td>{_device(row.device, several)}</td>'
+        f"<td>{row.size / 1e6:,.0f} MB</td></tr>"
+        for row in told.rows
+    )
+    above = say("memory.now" if prospect.held else "memory.next", sentence=told.sentence)
+    cache = say("memory.cache", size=size(_cache(prospect.found)), tokens=f"{plan.wish.context:,}")
+    notes = [cache, *([] if prospect.short else told.notes)]
+    return f"<p>{escape(above)}</p><table><tbody>{rows}</tbody></table>" + "".join(
+        f"<p>{escape(note)}</p>" for note in notes
+    )
+
+
+def _device(device: str, several: bool) -> str:
+    number = device.partition(":")[2] if several else ""
+    return "CPU" if device == CPU else f"GPU {number}".strip()
+
+
+def _cache(found: Forecast) -> int:
+    """Bytes that keys and values take in all layers."""
+    wish = found.plan.wish
+    return sum(found.size.cache_bytes(device, wish.context, wish.cache) for device in found.plan.layers)
+
+
+# Set free
+
+
+def spoken(sentences: Iterable[str]) -> str:
+    """Sentences that screen readers read out when they change."""
+    return f"<div{_SPOKEN}>{''.join(f'<p>{escape(words)}</p>' for words in sentences)}</div>"
+
+
+def freed(freed: Freed | None, language: str) -> Iterator[str]:
+    """What giving the memory back has changed, in sentences."""
+    say = partial(i18n.text, language)
+    if freed is None:
+        yield say("settings.nothing_loaded")
+        return
+    for before, after in freed.cards:
+        name = before.name or say("meter.card", index=before.index)
+        yield say("settings.freed_card", card=name, before=size(before.used), after=size(after.used))
+    yield say("settings.freed", before=size(freed.ram[0]), after=size(freed.ram[1]))
+    if not freed.told:
+        yield say("settings.not_fallen")
+    yield say("settings.loads_again")

@@ -1,0 +1,147 @@
+"""`glmui bench` on a card: its figures, taken of a small model on the CPU, a card's part stood in for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from glmui import cli, i18n
+from glmui.engine import card_subject, random_model
+from glmui.engine.card_subject import CardSubject, PublishedLinear, published_way
+from glmui.engine.decoders import ChatGLMDecoder
+from glmui.engine.figures import PEAKS, Figures, NotMeasured
+from glmui.glm.checkpoint import load_model
+from glmui.quant import QuantizedLinear
+from glmui.tools.bench_results import Results, table
+from glmui.types import EngineInfo
+
+CARD = EngineInfo(model="m", dtype="int4", device="cuda:0", context_length=2048)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> ChatGLMDecoder:
+    folder = tmp_path_factory.mktemp("random")
+    random_model.write(folder, "tiny")
+    model = load_model(folder)
+    assert isinstance(model, card_subject.AnyModel)
+    return ChatGLMDecoder(model)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Two cards that hold what `held` says, once their peaks are begun anew."""
+    card = SimpleNamespace(held=[3_000_000_000, 2_000_000_000], begun=[])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", card.begun.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda n: card.held[n])
+    return card
+
+
+def lines(results: Results, language: str) -> list[str]:
+    return table(results, lambda key, **values: i18n.text(language, f"cli.{key}", **values))
+
+
+def filled() -> Results:
+    results = Results(info=CARD, load_s=[4.25, 1.5], limits=[600.0], weight_bytes=3_900_000_000)
+    results.rows |= {
+        "prefill_tok_s": {"512": 900.0},
+        "decode_tok_s": {"128": 92.3},
+        "peak_vram_gb": {"512": 5.1, "1024": None, "2048": 5.2},
+        "published_tok_s": {"prefill": 850.0, "decode": 11.0},
+    }
+    return results
+
+
+@pytest.mark.parametrize(
+    ("language", "peak", "published", "copied"),
+    [
+        ("en", "VRAM at its peak, 2048 tokens", "the published way: decode after 128", "memory is copied at"),
+        ("zh", "显存峰值（2048 个 token）", "官方做法：在 128 个 token", "显存复制速度"),
+    ],
+)
+def test_the_table_has_what_only_a_card_has(language: str, peak: str, published: str, copied: str) -> None:
+    shown = lines(filled(), language)
+    text = "\n".join(shown)
+    assert "cli." not in text
+    assert "{" not in text
+    assert next(line for line in shown if peak in line).endswith("5.20 GB")
+    assert next(line for line in shown if published in line).endswith("11.0 tok/s")
+    assert next(line for line in shown if copied in line).endswith("600 GB/s")
+    assert "60%" in text
+
+
+def test_the_json_has_the_cards_figures_only_on_a_card() -> None:
+    figures = filled().as_json()
+    assert figures["copy_gb_s"] == 600.0
+    assert figures["decode_of_limit"] == 0.6
+    assert figures["cuda_context_gb"] is None
+    assert figures["peak_vram_gb"] == {"512": 5.1, "1024": None, "2048": 5.2}
+    assert "read_limit_gb_s" not in figures
+    on_cpu = Results(info=EngineInfo(device="cpu"), load_s=[1, 1]).as_json()
+    assert "copy_gb_s" not in on_cpu
+    assert "peak_vram_gb" not in on_cpu
+
+
+def test_all_figures_of_a_card_are_taken(decoder: ChatGLMDecoder, card: SimpleNamespace) -> None:
+    told: dict[str, dict[str, Any]] = {}
+    limits = []
+
+    def tell(kind: str, **values: Any) -> None:
+        if kind == "figure":
+            told.setdefault(values["name"], {})[values["key"]] = values["value"]
+
+    Figures(CardSubject(decoder), CARD, tell, lambda: limits.append(1)).take()
+    assert told["peak_vram_gb"] == {str(tokens): 5.0 for tokens in PEAKS}
+    assert card.begun == [0, 1] * len(PEAKS)
+    assert all(value > 0 for row in told.values() for value in row.values())
+    assert set(told["published_tok_s"]) == {"prefill", "decode"}
+    assert limits  # the copy bandwidth is taken between the runs of decoding
+
+
+def test_one_conversation_is_decoded_by_the_engines_own_decoder(decoder: ChatGLMDecoder) -> None:
+    subject = CardSubject(decoder)
+    row = subject.at(40, 1)
+    row.reset()
+    row.step()
+    row.step()
+    assert decoder.cache is not None
+    assert decoder.cache.length == 42
+    row.reset()
+    assert decoder.cache.length == 40
+    heads = decoder.model.config.kv_heads * decoder.model.config.head_size
+    assert row.cache_bytes() == 40 * 2 * heads * 4 * decoder.model.config.num_layers
+
+
+def test_no_room_for_a_batch_is_a_figure_not_taken(
+    decoder: ChatGLMDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(card_subject, "GLMRows", full)
+    with pytest.raises(NotMeasured, match="card_memory"):
+        CardSubject(decoder).at(16, 4)
+
+
+def test_the_published_way_computes_the_same_and_is_put_back(decoder: ChatGLMDecoder) -> None:
+    model, prompt = decoder.model, [5, 6, 7, 130001, 130004]
+    before = model(torch.tensor([prompt]))
+    with published_way(model):
+        assert sum(isinstance(m, PublishedLinear) for m in model.modules()) == 8
+        within = model(torch.tensor([prompt]))
+    assert not any(isinstance(m, PublishedLinear) for m in model.modules())
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 8
+    assert torch.allclose(within, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("cap", ["0", "-1", "nan", "70000"])
+def test_a_cap_that_no_card_has_is_refused(
+    cap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["bench", "--random", "tiny", f"--vram-cap={cap}", "--data-dir", str(tmp_path)]
+    assert cli.main(asked) == 2
+    assert "--vram-cap" in capsys.readouterr().err

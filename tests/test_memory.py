@@ -1,0 +1,193 @@
+"""What the page says of memory, before and after: with an imagined 6 GB card, and with none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glmui.engine.plan import CUDA_CONTEXT
+from glmui.errors import InvalidInput
+from glmui.ui import memory as memory_module
+from glmui.ui import present_plan
+from glmui.ui.memory import Memory
+from glmui.ui.memory_events import MemoryEvents
+from glmui.ui.words import Words
+from tests.card_world import CARD, GIB, HELD, CardWorld
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[CardWorld]:
+    world = CardWorld(tmp_path, device="mixed")
+    yield world
+    world.service.close()
+
+
+@pytest.fixture
+def memory(world: CardWorld) -> Memory:
+    return world.page.memory
+
+
+@pytest.fixture
+def events(memory: Memory) -> MemoryEvents:
+    return MemoryEvents(memory, Words("en"))
+
+
+def words(markup: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", markup)).strip()
+
+
+def wake(world: CardWorld) -> None:
+    """Have the model answer something, so that it is loaded."""
+    here = world.conversation()
+    world.service.send(here, "hello")
+    world.answer(here)
+
+
+def of_vram(line: str) -> tuple[float, float]:
+    need, free = re.search(r"([\d.]+) of ([\d.]+) GB VRAM", line).groups()  # type: ignore[union-attr]
+    return float(need), float(free)
+
+
+def test_each_step_of_the_slider_tells_what_it_would_take(events: MemoryEvents) -> None:
+    told = [words(events.predict(layers)[1]) for layers in range(1, 29)]
+    needs = [of_vram(line)[0] for line in told]
+    assert needs == sorted(needs)
+    assert 2.5 < needs[-1] - needs[0] < 4.5
+    assert told[19].startswith("20 of 28 layers on the card")
+    assert told[27].startswith("All 28 layers on the card")
+    assert all(re.search(r"room for about [\d,]+ tokens$", line) for line in told)
+    assert words(events.predict(0)[1]).startswith("Everything runs on the CPU")
+
+
+def test_moving_the_slider_keeps_nothing_and_reloads_nothing(world: CardWorld, events: MemoryEvents) -> None:
+    wake(world)
+    fit, *_ = events.predict(7)
+    assert fit is False
+    assert world.choice.settings.layers_on_gpu is None
+    assert world.engine.info().state == "ready"
+
+
+def test_what_does_not_fit_is_said_with_what_to_do(world: CardWorld, events: MemoryEvents) -> None:
+    world.card.others = 3 * GIB
+    _, line, table = events.predict(28)
+    assert 'class="plan short"' in line
+    need, free = of_vram(words(line))
+    missing = float(re.search(r"([\d.]+) GB short", line).group(1))  # type: ignore[union-attr]
+    assert missing == pytest.approx(need - free, abs=0.11)
+    most = int(re.search(r"Keep it to (\d+) layers", line).group(1))  # type: ignore[union-attr]
+    assert "short" not in events.predict(most)[1]
+    assert "short" in events.predict(most + 1)[1]
+    assert "layers 0 to 27" in table
+
+
+def test_a_card_taken_by_others_sends_to_the_cpu_or_to_sharing(
+    world: CardWorld, events: MemoryEvents
+) -> None:
+    world.card.others = 3 * GIB
+    world.choice.change(device="cuda:0")
+    assert "Choose “GPU and CPU together”" in events.plan(True, None, "", "")[0]
+    world.card.others = int(5.8 * GIB)
+    assert "Not one layer fits" in events.plan(True, None, "", "")[0]
+
+
+def test_a_card_that_is_not_there_is_named_in_the_place_of_the_plan(
+    world: CardWorld, memory: Memory, events: MemoryEvents
+) -> None:
+    world.choice.change(device="cuda:3")
+    with pytest.raises(InvalidInput):
+        memory.prospect(None)
+    line, table = events.plan(True, None, "before", "before")
+    assert "cuda:3 is not there" in line
+    assert table == ""
+
+
+def test_without_a_card_it_is_the_ram_that_counts(tmp_path: Path) -> None:
+    world = CardWorld(tmp_path, cards=False)
+    line, table = MemoryEvents(world.page.memory, Words("zh")).plan(True, None, "", "")
+    assert re.match(r"全部在 CPU 上运行 · 内存 [\d.]+ / [\d.]+ GB", words(line))
+    assert set(re.findall(r"<td>(\w+)</td>", table)) == {"CPU"}
+    world.service.close()
+
+
+def test_the_table_adds_up_to_what_the_line_says(events: MemoryEvents) -> None:
+    _, line, table = events.predict(20)
+    rows = re.findall(r"<td>(\w+)</td><td>([\d,]+) MB</td>", table)
+    on_card = sum(int(size.replace(",", "")) for device, size in rows if device == "GPU")
+    assert of_vram(words(line))[0] == pytest.approx(on_card / 1000 + CUDA_CONTEXT / 1e9, abs=0.06)
+    assert "layers 0 to 19" in table
+    assert "layers 20 to 27" in table
+    assert "KV cache" in table
+
+
+def test_a_model_that_no_plan_knows_has_neither_line_nor_table(
+    world: CardWorld, events: MemoryEvents
+) -> None:
+    world.choice.change(model="echo")
+    assert events.plan(True, None, "before", "before") == ("", "")
+    assert events.controls()[1]["visible"] is False
+
+
+def test_what_is_loaded_is_told_as_it_is_whatever_others_take_now(world: CardWorld, memory: Memory) -> None:
+    wake(world)
+    world.card.others = 2 * GIB  # beside the model, by now
+    prospect = memory.prospect(None)
+    assert prospect is not None
+    assert prospect.found.plan.layers == world.engine.loaded.layers
+    assert not prospect.short
+    assert "20 of 28 layers" in present_plan.line(prospect, "en")
+    assert words(present_plan.table(prospect, "en")).startswith("In memory now: 20 of 28 layers")
+    changed = memory.prospect(12)
+    assert changed is not None
+    assert words(present_plan.table(changed, "en")).startswith("With the next message: 12 of 28 layers")
+
+
+def test_only_news_is_sent_to_the_page(events: MemoryEvents) -> None:
+    line, table = events.plan(False, 12, "", "")
+    again = events.plan(False, 12, line, table)
+    assert again[0] == again[1] == {"__type__": "update"}
+
+
+def test_the_slider_shows_what_fits_until_somebody_moves_it(world: CardWorld, events: MemoryEvents) -> None:
+    fit, slider, *_ = events.controls()
+    assert (fit["value"], slider["maximum"]) == (True, 28)
+    assert slider["value"] > 20
+    world.choice.change(layers_on_gpu=9)
+    fit, slider, *_ = events.controls()
+    assert (fit["value"], slider["value"]) == (False, 9)
+    world.choice.change(device="cpu")
+    assert [control["visible"] for control in events.controls()[:3]] == [False, False, True]
+
+
+def test_freeing_waits_for_the_driver_and_tells_both_numbers(world: CardWorld, events: MemoryEvents) -> None:
+    wake(world)
+    busy, told = list(events.free())
+    assert "Freeing" in busy
+    assert f"{CARD}: 4.7 GB of VRAM in use before, 400 MB now." in told
+    assert "RAM: the model held" in told
+    assert "The next message loads the model again." in told
+    assert 'role="status"' in told
+    assert world.engine.info().state == "asleep"
+    assert "No model is loaded" in list(events.free())[1]
+
+
+def test_a_driver_that_still_counts_it_is_not_waited_for_for_ever(
+    world: CardWorld, events: MemoryEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "SETTLE_SECONDS", 0.2)
+    wake(world)
+    world.card.lets_go = False
+    assert "The driver still counts it as used" in list(events.free())[1]
+
+
+def test_a_driver_that_does_not_tell_whose_memory_it_is(world: CardWorld, memory: Memory) -> None:
+    """As on Windows: then the engine's own word decides which cards it was on."""
+    world.card.tells_owners = False
+    wake(world)
+    freed = memory.free()
+    assert freed is not None
+    assert freed.told
+    (pair,) = freed.cards
+    assert (pair[0].used or 0) - (pair[1].used or 0) == HELD
