@@ -48,6 +48,7 @@ def world(page_of_card: tuple[CardWorld, str]) -> CardWorld:
 def page(browser: Browser, world: CardWorld, page_of_card: tuple[CardWorld, str]) -> Iterator[Page]:
     with _opened(browser, page_of_card[1]) as page:
         expect(layers(page)).to_be_visible()
+        settled(page)
         yield page
 
 
@@ -76,6 +77,11 @@ def choose(page: Page, control: str, option: str) -> None:
 def vram(page: Page) -> float:
     found = re.search(r"([\d.]+) of [\d.]+ GB VRAM", page.locator("#plan").inner_text())
     return float(found.group(1)) if found else 0.0
+
+
+def settled(page: Page) -> None:
+    """What is under way to the page has come. (News come with the regular tick and with one of their own.)"""
+    page.wait_for_timeout(1000)
 
 
 def colour(page: Page) -> str:
@@ -107,7 +113,7 @@ def test_the_slider_is_kept_by_keys_too_and_goes_back_to_automatic(page: Page, w
     fits = int(layers(page).input_value())
     layers(page).press("ArrowLeft")
     wait_for(lambda: world.choice.settings.layers_on_gpu == fits - 1)
-    page.wait_for_timeout(1000)  # nobody is so quick that what is under way would matter
+    settled(page)
     page.locator("#layers-fit input").click()
     wait_for(lambda: world.choice.settings.layers_on_gpu is None)
     expect(page.locator("#layers-fit input")).to_be_checked(timeout=PATIENCE)
@@ -152,6 +158,7 @@ def test_what_memory_is_kept_for_is_folded_away_and_tells_at_once(page: Page, wo
     page.locator("#context input").press("Tab")
     wait_for(lambda: world.choice.settings.context == 512)
     wait_for(lambda: vram(page) < before - 0.9)
+    settled(page)
     page.locator("#vram-reserve input").fill("-1")
     page.locator("#vram-reserve input").press("Tab")
     expect(page.locator(".toast-body")).to_contain_text("vram_reserve_gb", timeout=PATIENCE)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from glmui.engine.plan import CUDA_CONTEXT
 from glmui.errors import InvalidInput
+from glmui.types import EngineSpec
 from glmui.ui import memory as memory_module
 from glmui.ui import present_plan
 from glmui.ui.memory import Memory
 from glmui.ui.memory_events import MemoryEvents
 from glmui.ui.words import Words
 from tests.card_world import CARD, GIB, HELD, CardWorld
+
+GB = 10**9
 
 
 @pytest.fixture
@@ -62,12 +66,20 @@ def test_each_step_of_the_slider_tells_what_it_would_take(events: MemoryEvents) 
     assert words(events.predict(0)[1]).startswith("Everything runs on the CPU")
 
 
-def test_moving_the_slider_keeps_nothing_and_reloads_nothing(world: CardWorld, events: MemoryEvents) -> None:
+def test_moving_the_slider_keeps_nothing_and_letting_go_reloads_with_the_next_message(
+    world: CardWorld, events: MemoryEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wake(world)
+    configured: list[EngineSpec] = []
+    monkeypatch.setattr(world.engine, "configure", configured.append)
     fit, *_ = events.predict(7)
     assert fit is False
     assert world.choice.settings.layers_on_gpu is None
+    world.page.choose(layers_on_gpu=7)
     assert world.engine.info().state == "ready"
+    assert configured == []
+    wake(world)
+    assert [spec.layers_on_gpu for spec in configured] == [7]
 
 
 def test_what_does_not_fit_is_said_with_what_to_do(world: CardWorld, events: MemoryEvents) -> None:
@@ -110,6 +122,20 @@ def test_without_a_card_it_is_the_ram_that_counts(tmp_path: Path) -> None:
     assert re.match(r"全部在 CPU 上运行 · 内存 [\d.]+ / [\d.]+ GB", words(line))
     assert set(re.findall(r"<td>(\w+)</td>", table)) == {"CPU"}
     world.service.close()
+
+
+@pytest.mark.parametrize(
+    ("free", "cure"), [(2.0, "Close other programs"), (4.8, "Plan for a conversation of 1,")]
+)
+def test_short_ram_is_told_beside_a_card_that_has_room(
+    world: CardWorld, events: MemoryEvents, monkeypatch: pytest.MonkeyPatch, free: float, cure: str
+) -> None:
+    reading = replace(world.meter.read(None), ram_total=8 * GB, ram_used=int((8 - free) * GB))
+    monkeypatch.setattr(world.meter, "read", lambda pid: reading)
+    line, _ = events.plan(False, 4, "", "")
+    assert "4 of 28 layers on the card" in line
+    assert re.search(rf"of {free} GB RAM · .* short", line)
+    assert cure in line
 
 
 def test_the_table_adds_up_to_what_the_line_says(events: MemoryEvents) -> None:

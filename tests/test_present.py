@@ -121,6 +121,13 @@ def test_the_chip_names_model_state_and_reason() -> None:
     slow = present.engine(replace(info, reason="reasons.kernels_no_compiler"), "starter", 0, "en")
     assert '<p class="slow">No C compiler was found' in slow, "to be read without pointing at anything"
     assert "asleep" in present.engine(EngineInfo(), "starter", 0, "en")
+    assert "takes no memory now" in present.engine(EngineInfo(), "starter", 0, "en")
+    on_card = replace(info, device="mixed", kernel="sm_86, avx2", reason="reasons.chatglm_mixed")
+    shared = present.engine(on_card, "starter", 0, "en", idle_minutes=30)
+    for told in ("GPU and CPU together", "for this card (sm_86)", "(avx2)", "After 30 idle minutes"):
+        assert told in shared
+    slow = present.engine(replace(info, reason="reasons.card_kernels_wrong"), "starter", 0, "en")
+    assert '<p class="slow">' in slow
     assert "No model" in present.engine(EngineInfo(), "", 0, "en")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -192,20 +192,26 @@ def engine(info: EngineInfo, chosen: str, running: int, language: str, idle_minu
     state = "busy" if running and info.state == "ready" else info.state
     device = say("settings.device_mixed") if info.device == "mixed" else info.device
     where = " · ".join(filter(None, [model_name(chosen), device]))
-    why = say(info.reason, device=info.device, dtype=info.dtype) if info.reason else ""
+    why = say(info.reason, device=info.device, dtype=info.dtype, kernel=info.kernel) if info.reason else ""
     slow = f'<p class="slow">{html.escape(why)}</p>' if info.reason.startswith(SLOWER) else ""
-    more = [why, _kernel(info, language), _rest(info, chosen, idle_minutes, language)]
+    more = [why, *_kernels(info, language), _rest(info, chosen, idle_minutes, language)]
+    told = "\n".join(filter(None, more))
     return (
-        f'<div class="chip {state}" title="{html.escape(" ".join(filter(None, more)))}"><b></b>'
+        f'<div class="chip {state}" title="{html.escape(told)}"><b></b>'
         f"<span>{html.escape(where or say('engine.none'))}</span>"
         f"<em>{html.escape(say(f'engine.{state}') if chosen else '')}</em></div>{slow}"
     )
 
 
-def _kernel(info: EngineInfo, language: str) -> str:
-    """What computes the layers, where that is not torch."""
-    key = "reasons.card_kernels" if info.kernel.startswith("sm_") else "reasons.kernels"
-    return i18n.text(language, key, kernel=info.kernel) if info.kernel else ""
+def _kernels(info: EngineInfo, language: str) -> Iterator[str]:
+    """What computes the layers on a card and on the CPU, where that is not torch."""
+    names = info.kernel.split(", ") if info.kernel else []
+    on_card = [name for name in names if name.startswith("sm_")]
+    on_cpu = [name for name in names if name not in on_card]
+    if on_card and not info.reason.startswith("reasons.card_kernels"):  # which tells of them already
+        yield i18n.text(language, "reasons.card_kernels", kernel=", ".join(on_card))
+    if on_cpu:
+        yield i18n.text(language, "reasons.kernels", kernel=", ".join(on_cpu))
 
 
 def _rest(info: EngineInfo, chosen: str, idle_minutes: float, language: str) -> str:

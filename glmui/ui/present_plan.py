@@ -10,9 +10,10 @@ from glmui import i18n
 from glmui.engine.fitting import context_that_fits
 from glmui.engine.forecast import Forecast, explain
 from glmui.engine.model_size import CPU
-from glmui.engine.plan import CUDA_CONTEXT, Plan, budget
+from glmui.engine.plan import CUDA_CONTEXT, budget
 from glmui.ui.memory import Freed, Prospect
 from glmui.ui.present import size
+from glmui.ui.present_outlook import about
 
 _SPOKEN = ' role="status"'
 
@@ -20,11 +21,6 @@ _SPOKEN = ' role="status"'
 def whole(layers: float | None) -> int:
     """The slider's number: None while its box is empty, anything while it is typed."""
     return max(0, int(layers or 0))
-
-
-def about(tokens: int) -> str:
-    """Tokens as one speaks of room for them: round, and rather too few."""
-    return f"{tokens // 50 * 50:,}" if tokens >= 200 else str(tokens // 10 * 10)
 
 
 def line(prospect: Prospect, language: str, spoken: bool = False) -> str:
@@ -45,7 +41,7 @@ def trouble(words: str) -> str:
 def _summary(prospect: Prospect, language: str) -> str:
     """How much is on the card, what that takes of what is free, and how long a conversation may get."""
     say = partial(i18n.text, language)
-    parts = [_layers(prospect.found.plan.layers, language), _share(prospect.found.plan, language)]
+    parts = [_layers(prospect.found.plan.layers, language), _share(prospect, language)]
     if prospect.short:
         parts.append(say("memory.short", size=size(max(prospect.short.values()))))
     else:
@@ -63,15 +59,17 @@ def _layers(devices: Sequence[str], language: str) -> str:
     return i18n.text(language, key, count=len(on_cards), layers=len(devices), cards=cards)
 
 
-def _share(plan: Plan, language: str) -> str:
-    """What it needs of what is free for it: on the cards where any is used, else of RAM."""
+def _share(prospect: Prospect, language: str) -> str:
+    """What it needs of what is free: on the cards where any is used, of RAM where only that is short."""
+    plan = prospect.found.plan
     cards = [device for device in plan.on if device != CPU]
-    used = cards or [CPU]
-    beside = CUDA_CONTEXT * len(cards)  # no plan counts it, but every meter does
+    of_ram = not cards or set(prospect.short) == {CPU}
+    used, beside = ([CPU], 0) if of_ram else (cards, CUDA_CONTEXT * len(cards))  # no plan counts CUDA itself
     need = sum(plan.on[device] for device in used) + beside
     free = sum(budget(plan.machine, plan.wish, device) for device in used) + beside
-    key = "memory.vram" if cards else "memory.ram"
-    return i18n.text(language, key, need=_gb(need), free=_gb(max(0, free)))
+    return i18n.text(
+        language, "memory.ram" if of_ram else "memory.vram", need=_gb(need), free=_gb(max(0, free))
+    )
 
 
 def _gb(count: int) -> str:
