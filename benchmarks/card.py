@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from glmui import prompts  # noqa: E402
-from glmui.engine import random_model  # noqa: E402
-from glmui.engine.card_subject import copy_gb_s  # noqa: E402
+from glmui.bench import random_model  # noqa: E402
+from glmui.bench.card_subject import copy_gb_s  # noqa: E402
+from glmui.bench.measure import subject_of  # noqa: E402
 from glmui.engine.client import EngineClient  # noqa: E402
 from glmui.engine.families import open_family  # noqa: E402
-from glmui.engine.measure import subject_of  # noqa: E402
-from glmui.engine.plan import GIB  # noqa: E402
 from glmui.errors import EngineError  # noqa: E402
+from glmui.memory.plan import GIB  # noqa: E402
 from glmui.quant.kernels import cuda  # noqa: E402
 from glmui.quant.packing import dequantise, quantise  # noqa: E402
 from glmui.text import open_counter  # noqa: E402

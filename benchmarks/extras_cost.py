@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from glmui.engine import random_model
+from glmui.bench import random_model
 from glmui.engine.decoders import decoder_of
 from glmui.engine.loaded import with_kernels
 from glmui.glm.adapter import PARTS, Adapter, attach

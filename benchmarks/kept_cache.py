@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from glmui.engine import random_model  # noqa: E402
+from glmui.bench import random_model  # noqa: E402
 from glmui.engine.chatglm import open_chatglm  # noqa: E402
 from glmui.engine.decoders import ChatGLM2Decoder  # noqa: E402
 from glmui.glm.chatglm2 import ChatGLM2Model  # noqa: E402

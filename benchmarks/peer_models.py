@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from glmui.engine.random_model import chatglm_pieces, tensors_of, vocabulary
+from glmui.bench.random_model import chatglm_pieces, tensors_of, vocabulary
 from glmui.glm.config import GLMConfig
 
 F32, Q4_0 = 0, 2  # ggml's numbers of the types

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from glmui.engine.figures import Subject, decode_rate, median_of, prefill_rate
-from glmui.engine.probe import ReadProbe
+from glmui.bench.figures import Subject, decode_rate, median_of, prefill_rate
+from glmui.bench.probe import ReadProbe
 
 CONTEXT = 128
 ROOM = 1024  # tokens of context that the peers prepare for
@@ -115,8 +115,8 @@ class LlamaCpp(Peer):
 
 def open_glmui(model: str, threads: int, **settings: Any) -> Subject:
     """Ourselves, opened as the app opens a model. settings: others than the app's own."""
+    from glmui.bench.measure import subject_of
     from glmui.engine.families import open_family
-    from glmui.engine.measure import subject_of
     from glmui.types import EngineSpec
 
     spec = EngineSpec("glmui", model, "cpu", threads, **settings)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import peer_models  # noqa: E402
 
-from glmui.engine import random_model  # noqa: E402
+from glmui.bench import random_model  # noqa: E402
 from glmui.engine.device import count_physical_cores  # noqa: E402
 
 SIZE = "chatglm-6b-int4"

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glmui.bench.figures import Subject
+from glmui.bench.subjects import GLMSubject
 from glmui.engine.decoders import decoder_of
-from glmui.engine.figures import Subject
-from glmui.engine.subjects import GLMSubject
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedLinear
 

@@ -182,9 +182,9 @@ def doctor(options: argparse.Namespace, language: str) -> int:
 
 def quantize(options: argparse.Namespace, language: str) -> int:
     """A float16 ChatGLM folder, made smaller."""
-    from glmui.engine.quantise_job import Job
     from glmui.errors import InvalidInput
     from glmui.hub import installed
+    from glmui.quantising.job import Job
     from glmui.tools.quantize import run
 
     loaded = _load(options)

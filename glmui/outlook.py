@@ -1,7 +1,7 @@
 """How much more a conversation may take, and what would help where memory has no room for a message.
 
 The engine knows the room it has once its model is loaded. What it would have asleep, or with other
-settings, is forecast (engine/forecast.py).
+settings, is forecast (memory/forecast.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from glmui import prompts
-from glmui.engine.forecast import Forecast
 from glmui.engine.model_folder import describe
-from glmui.engine.model_size import CPU
 from glmui.errors import GlmuiError, InvalidInput, ModelError
+from glmui.memory.forecast import Forecast
+from glmui.memory.model_size import CPU
 from glmui.prompts import Limits
 from glmui.types import ChatEngine, ChatSettings, EngineSpec, Message, TokenCounter
 

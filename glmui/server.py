@@ -28,7 +28,7 @@ from glmui.splash import Splash
 if TYPE_CHECKING:
     import socket
 
-    from glmui.engine.forecast import Forecast
+    from glmui.memory.forecast import Forecast
     from glmui.types import EngineSpec
 
 log = logging.getLogger(__name__)
@@ -244,9 +244,9 @@ def build_app(settings: Settings) -> House:
     from glmui.choice import Choice
     from glmui.downloads import Downloads
     from glmui.engine.client import EngineClient
-    from glmui.engine.forecast import forecast
+    from glmui.memory.forecast import forecast
+    from glmui.memory.spill import SpillWatch
     from glmui.meter import Meter
-    from glmui.spill import SpillWatch
     from glmui.store import Store
     from glmui.text import open_counter
 

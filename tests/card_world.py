@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from glmui.chat import ChatService
 from glmui.choice import Choice
 from glmui.downloads import Downloads
-from glmui.engine.forecast import Forecast, forecast
+from glmui.memory.forecast import Forecast, forecast
 from glmui.meter import Meter
 from glmui.security import Guard, allowed_hosts
 from glmui.server import import_gradio

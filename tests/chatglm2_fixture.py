@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from glmui.engine.random_model import chatglm2_pieces, vocabulary
+from glmui.bench.random_model import chatglm2_pieces, vocabulary
 from tests.chatglm_fixture import copy_checkpoint
 from tests.reference import reference
 

@@ -6,9 +6,9 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from glmui.engine.new_folder import new_folder
-from glmui.engine.quantise_job import Job
 from glmui.engine.wire import Wire
+from glmui.quantising.job import Job
+from glmui.quantising.new_folder import new_folder
 
 
 def halfway(connection: Connection, job: Job) -> None:

@@ -10,7 +10,7 @@ from glmui.chat import ChatService
 from glmui.choice import Choice
 from glmui.downloads import Downloads
 from glmui.engine.echo import EchoEngine
-from glmui.engine.forecast import Forecast, forecast
+from glmui.memory.forecast import Forecast, forecast
 from glmui.meter import Meter, Reading
 from glmui.settings import Settings
 from glmui.store import Store, StoredMessage

@@ -28,13 +28,15 @@ FLOORS = {
     "glmui.store": 1,
     "glmui.knowledge": 1,
     "glmui.meter": 1,
-    "glmui.spill": 1,
     "glmui.logs": 1,
     "glmui.confined": 1,
     "glmui.confinement": 1,
     "glmui.glm": 2,
     "glmui.quant": 2,
+    "glmui.memory": 3,
     "glmui.engine": 3,
+    "glmui.bench": 3,
+    "glmui.quantising": 3,
     "glmui.hub": 3,
     "glmui.chat": 4,
     "glmui.jobs": 4,
@@ -54,10 +56,7 @@ FLOORS = {
     "glmui.__main__": 6,
 }
 WITHOUT_TORCH = {0, 1, 4, 5, 6}  # floors
-ALSO_WITHOUT_TORCH = {
-    f"glmui.engine.{name}"
-    for name in ("client", "plan", "model_size", "fitting", "forecast", "pretended", "remote", "echo")
-}
+ALSO_WITHOUT_TORCH = ("glmui.memory", *(f"glmui.engine.{name}" for name in ("client", "remote", "echo")))
 HEAVY = {"torch", "transformers"}
 
 
@@ -77,6 +76,13 @@ def floor_of(module: str) -> int:
     if not prefixes:
         pytest.fail(f"{module} stands on no floor: give it one in FLOORS and in docs/architecture.md")
     return FLOORS[max(prefixes, key=len)]
+
+
+def is_light(module: str) -> bool:
+    """Whether neither it nor what it imports may load torch."""
+    return floor_of(module) in WITHOUT_TORCH or f"{module}.".startswith(
+        tuple(f"{name}." for name in ALSO_WITHOUT_TORCH)
+    )
 
 
 def imports(module: str) -> Iterator[str]:
@@ -126,7 +132,7 @@ def test_the_app_process_names_no_torch() -> None:
     named = [
         f"{module} imports {name}"
         for module in sources()
-        if floor_of(module) in WITHOUT_TORCH or module in ALSO_WITHOUT_TORCH
+        if is_light(module)
         for name in imports(module)
         if name.partition(".")[0] in HEAVY
     ]
@@ -145,12 +151,12 @@ def test_the_front_modules_load_nothing_heavy() -> None:
 
 
 def test_no_module_of_the_app_process_loads_torch() -> None:
-    light = [m for m in sources() if floor_of(m) in WITHOUT_TORCH or m in ALSO_WITHOUT_TORCH]
+    light = [m for m in sources() if is_light(m)]
     assert not loaded_after_importing(*light) & HEAVY
 
 
 def test_only_the_page_loads_gradio() -> None:
-    below = [m for m in sources() if floor_of(m) in {0, 1, 4, 6} or m in ALSO_WITHOUT_TORCH]
+    below = [m for m in sources() if is_light(m) and floor_of(m) != floor_of("glmui.ui")]
     assert "gradio" not in loaded_after_importing(*below)
 
 

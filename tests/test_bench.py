@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from glmui import cli, i18n
-from glmui.engine import measure, random_model
+from glmui.bench import measure, random_model
+from glmui.bench.figures import Figures, NotMeasured, decode_rate, median_of
+from glmui.bench.probe import ReadProbe
 from glmui.engine.families import open_family
-from glmui.engine.figures import Figures, NotMeasured, decode_rate, median_of
 from glmui.engine.placement import cache_dtype
-from glmui.engine.probe import ReadProbe
 from glmui.errors import EngineError, FetchError
 from glmui.tools.bench_results import Results, of_limit, table
 from glmui.types import EngineInfo, EngineSpec
@@ -256,7 +256,7 @@ def test_the_limit_is_taken_between_the_runs_of_one_figure() -> None:
 
 def test_medians_of_as_many_runs_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock: Iterator[float] = iter(range(0, 1000, 10))
-    monkeypatch.setattr("glmui.engine.figures.time.monotonic", partial(next, clock))
+    monkeypatch.setattr("glmui.bench.figures.time.monotonic", partial(next, clock))
     values = iter([1.0, 5.0, 3.0, 100.0])
     assert median_of(partial(next, values), seconds=30) == 3.0
     assert median_of(lambda: 7.0, seconds=0) == 7.0  # once, however long it takes

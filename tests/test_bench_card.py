@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from glmui import cli, i18n
-from glmui.engine import card_subject, figures, random_model
-from glmui.engine.card_subject import CardSubject, PublishedLinear, published_way
+from glmui.bench import card_subject, figures, random_model
+from glmui.bench.card_subject import CardSubject, PublishedLinear, published_way
+from glmui.bench.figures import PEAKS, Figures, NotMeasured
 from glmui.engine.decoders import ChatGLMDecoder
-from glmui.engine.figures import PEAKS, Figures, NotMeasured
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedLinear
 from glmui.tools.bench_results import Results, table

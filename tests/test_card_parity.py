@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from glmui.engine import cards
 from glmui.engine.card_step import CardStep, can_step
 from glmui.engine.decoders import GLMDecoder, Held, decoder_of
-from glmui.engine.model_size import ModelSize
-from glmui.engine.plan import Machine, Wish, plan
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import GLMConfig
+from glmui.memory.model_size import ModelSize
+from glmui.memory.plan import Machine, Wish, plan
 from glmui.quant import QuantizedLinear
 from glmui.quant.kernels import cuda
 from glmui.quant.on_card import CardLinear, use_card_kernels

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from glmui import ChatGLM, quantize, register_auto_classes
+from glmui.bench.measure import subject_of
 from glmui.engine.families import open_family
-from glmui.engine.measure import subject_of
 from glmui.engine.placement import device_map
 from glmui.errors import InvalidInput
 from glmui.quant import QuantizedLinear

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from glmui.bench.random_model import chatglm2_pieces, vocabulary
 from glmui.choice import Choice
 from glmui.engine.families import family_of
-from glmui.engine.random_model import chatglm2_pieces, vocabulary
 from glmui.errors import ModelError
 from glmui.glm.config import GLM2Config, GLMConfig, read_config
 from glmui.settings import Settings

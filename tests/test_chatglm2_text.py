@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmui.engine.random_model import chatglm2_pieces, vocabulary
+from glmui.bench.random_model import chatglm2_pieces, vocabulary
 from glmui.prompts import chatglm2_prompt
 from glmui.text.chatglm2 import ChatGLM2Tokenizer, process_response
 from glmui.text.chatglm2 import prompt_ids as chatglm2_ids

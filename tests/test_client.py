@@ -16,9 +16,9 @@ import pytest
 
 from glmui import notes
 from glmui.engine import client as client_module
-from glmui.engine import witness
 from glmui.engine.client import EngineClient
 from glmui.errors import EngineError, GlmuiError, ModelError
+from glmui.memory import witness
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message
 from tests.tiny_llama import make_tiny_llama
 

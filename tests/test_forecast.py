@@ -1,4 +1,4 @@
-"""engine/forecast.py: what becomes of a model with the memory that a meter reads, and how it is told."""
+"""memory/forecast.py: what becomes of a model with the memory that a meter reads, and how it is told."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from glmui import i18n
-from glmui.engine import forecast as module
-from glmui.engine.forecast import explain, forecast, machine_of
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.plan import GIB, Machine, Wish, plan
-from glmui.engine.published import SHAPES
 from glmui.errors import InvalidInput, ModelError
+from glmui.memory import forecast as module
+from glmui.memory.forecast import explain, forecast, machine_of
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import GIB, Machine, Wish, plan
+from glmui.memory.published import SHAPES
 from glmui.meter import Card, Reading
 from glmui.types import EngineSpec
 

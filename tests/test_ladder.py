@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from glmui import i18n, notes
-from glmui.engine.ladder import Kind, Ladder, Stage, Trouble, lower
 from glmui.errors import EngineError
+from glmui.memory.ladder import Kind, Ladder, Stage, Trouble, lower
 from glmui.types import EngineInfo, EngineSpec
 
 CARD = EngineSpec("m", "folder", device="cuda:0")

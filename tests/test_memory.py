@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from glmui.engine.plan import CUDA_CONTEXT
 from glmui.errors import InvalidInput
+from glmui.memory.plan import CUDA_CONTEXT
 from glmui.types import EngineSpec
 from glmui.ui import memory as memory_module
 from glmui.ui import present_plan

@@ -1,4 +1,4 @@
-"""engine/model_size.py: the bytes it tells are those that torch's allocator gives out."""
+"""memory/model_size.py: the bytes it tells are those that torch's allocator gives out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from glmui.engine import model_size
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.published import SHAPES
 from glmui.glm.cache import KVCache
 from glmui.glm.chatglm2 import ChatGLM2Model
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig, read_config
 from glmui.glm.model import ChatGLMModel
+from glmui.memory import model_size
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.published import SHAPES
 from glmui.quant import linear, quantize
 
 SMALL = GLMConfig(

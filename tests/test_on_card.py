@@ -18,12 +18,12 @@ from glmui.engine import cards, chatglm
 from glmui.engine.card_step import CardStep, can_step
 from glmui.engine.chatglm import open_chatglm
 from glmui.engine.decoders import Held, decoder_of
-from glmui.engine.model_size import ModelSize
 from glmui.engine.placement import Placement
-from glmui.engine.plan import CUDA_CONTEXT, GIB, Machine, Plan, Wish, plan
 from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import GLMConfig
+from glmui.memory.model_size import ModelSize
+from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, Wish, plan
 from glmui.quant import QuantizedLinear, quantize
 from glmui.quant.kernels.cuda import Loaded
 from glmui.quant.kernels.cuda.block import BlockKernels

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from glmui.engine.chatglm_api import ChatGLM
-from glmui.engine.model_size import CPU, ModelSize
 from glmui.engine.placement import DeviceMap, Placement, device_map, placement
-from glmui.engine.plan import GIB, PIECE, Machine, Wish, plan
-from glmui.engine.published import SHAPES
 from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import load_model
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import GIB, PIECE, Machine, Wish, plan
+from glmui.memory.published import SHAPES
 from glmui.types import EngineSpec
 
 FULL = SHAPES["chatglm-6b"]

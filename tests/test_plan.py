@@ -1,4 +1,4 @@
-"""engine/plan.py and the command: what goes where on machines nobody has here."""
+"""memory/plan.py and the command: what goes where on machines nobody has here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from glmui.cli import main
-from glmui.engine.fitting import (
+from glmui.errors import InvalidInput
+from glmui.memory.fitting import (
     LEAST_ROOM,
     context_of,
     context_that_fits,
@@ -21,10 +22,9 @@ from glmui.engine.fitting import (
     room,
     wish_of,
 )
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.plan import GIB, PIECE, PIECES, Machine, Plan, Wish, budget, bytes_on, plan
-from glmui.engine.published import SHAPES
-from glmui.errors import InvalidInput
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import GIB, PIECE, PIECES, Machine, Plan, Wish, budget, bytes_on, plan
+from glmui.memory.published import SHAPES
 from glmui.types import EngineSpec
 
 INT4 = ModelSize.of(SHAPES["chatglm-6b-int4"])

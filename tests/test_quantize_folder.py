@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmui
-from glmui.engine import new_folder
-from glmui.engine.quantise_folder import folder_bytes, open_source, quantise_folder
-from glmui.engine.tensor_file import TensorFile, file_bytes
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedEmbedding, QuantizedLinear, packing
+from glmui.quantising import new_folder
+from glmui.quantising.folder import folder_bytes, open_source, quantise_folder
+from glmui.quantising.tensor_file import TensorFile, file_bytes
 from glmui.types import Progress
 from tests.chatglm_fixture import config, copy_checkpoint, goldens, tensors
 from tests.reference import reference

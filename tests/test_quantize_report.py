@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glmui.engine import compare, sensitivity
-from glmui.engine.compare import Sample
-from glmui.engine.quantise_folder import Source, folder_bytes, open_source, quantise_folder
-from glmui.engine.streamed import Weights, blocks_of, stream
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import empty_model, load_model
 from glmui.glm.config import GLMConfig
 from glmui.quant import packing
+from glmui.quantising import compare, sensitivity
+from glmui.quantising.compare import Sample
+from glmui.quantising.folder import Source, folder_bytes, open_source, quantise_folder
+from glmui.quantising.streamed import Weights, blocks_of, stream
 from tests.chatglm_fixture import copy_checkpoint
 from tests.reference import reference
 from tests.test_quantize_folder import chatglm2

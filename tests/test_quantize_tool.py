@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from glmui import cli, i18n
-from glmui.engine import compare, quantise_run
-from glmui.engine.quantise_job import Job
 from glmui.errors import EngineError
 from glmui.glm.checkpoint import load_model
+from glmui.quantising import compare
+from glmui.quantising import run as quantise_run
+from glmui.quantising.job import Job
 from glmui.tools import quantize
 from glmui.tools.quantize_results import Results, table
 from tests.quantize_stand_ins import dying, halfway

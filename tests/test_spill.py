@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from glmui import notes
 from glmui.engine.client import EngineClient
-from glmui.meter import Meter, User
-from glmui.spill import (
+from glmui.memory.spill import (
     FAR_UNDER,
     FILE,
     LEAST_REPLIES,
@@ -26,6 +25,7 @@ from glmui.spill import (
     speed_of,
     usual,
 )
+from glmui.meter import Meter, User
 from glmui.types import Chunk, EngineInfo, EngineSpec, GenerationParams, Message, Usage
 from tests.test_meter import FakeNvml
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from glmui import cli, i18n
-from glmui.engine import compare, measure, suite
+from glmui.bench import measure, suite
 from glmui.engine.echo import EchoEngine
 from glmui.errors import EngineError
+from glmui.quantising import compare
 from glmui.tools.suite_page import page
 from glmui.tools.suite_results import Column, as_json, table
 from glmui.types import EngineInfo, EngineSpec, GenerationParams

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from glmui.engine import witness
-from glmui.engine.witness import Witness, count_kills
+from glmui.memory import witness
+from glmui.memory.witness import Witness, count_kills
 
 KILLED = -9
 

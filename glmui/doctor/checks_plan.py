@@ -11,14 +11,14 @@ from glmui.errors import GlmuiError
 from glmui.settings import spec_of
 
 if TYPE_CHECKING:
-    from glmui.engine.forecast import Forecast
-    from glmui.engine.plan import Machine
+    from glmui.memory.forecast import Forecast
+    from glmui.memory.plan import Machine
 
 
 def plan(world: World) -> Iterator[Finding]:
     """Nothing where no ChatGLM is chosen; what is wrong with its folder or the device, other checks tell."""
-    from glmui.engine.forecast import explain
-    from glmui.engine.model_size import CPU
+    from glmui.memory.forecast import explain
+    from glmui.memory.model_size import CPU
 
     if (found := _foreseen(world)) is None:
         return
@@ -41,8 +41,8 @@ def plan(world: World) -> Iterator[Finding]:
 
 
 def _foreseen(world: World) -> Forecast | None:
-    from glmui.engine.forecast import foreseen, size_of
     from glmui.hub.installed import resolve
+    from glmui.memory.forecast import foreseen, size_of
 
     chosen = world.settings.model
     if not chosen:
@@ -57,7 +57,7 @@ def _foreseen(world: World) -> Forecast | None:
 
 def _machine(world: World) -> Machine:
     """As torch sees it, which knows best what cards it can use."""
-    from glmui.engine.plan import Machine
+    from glmui.memory.plan import Machine
 
     facts = world.torch().facts
     cards = facts.get("cards", []) if facts.get("visible") else []

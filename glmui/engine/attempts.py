@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from glmui.engine import wire
-from glmui.engine.ladder import Stage
 from glmui.engine.process import EngineProcess
 from glmui.engine.request import Cancellations
 from glmui.errors import EngineError, GlmuiError
+from glmui.memory.ladder import Stage
 from glmui.types import Chunk
 
 log = logging.getLogger(__name__)

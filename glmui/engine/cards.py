@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from glmui.engine.card_step import CardStep, can_step
-from glmui.engine.model_size import CPU
-from glmui.engine.plan import CUDA_CONTEXT, Plan, budget
 from glmui.glm.checkpoint import AnyModel
+from glmui.memory.model_size import CPU
+from glmui.memory.plan import CUDA_CONTEXT, Plan, budget
 from glmui.quant.kernels import cuda
 from glmui.quant.kernels.cuda.native import CardKernels
 from glmui.quant.on_card import head_in_int8, use_card_kernels

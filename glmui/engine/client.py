@@ -18,11 +18,11 @@ from dataclasses import replace
 from glmui import notes
 from glmui.engine import wire
 from glmui.engine.attempts import POLL_SECONDS, Attempt, Lost, lost
-from glmui.engine.ladder import Ladder, Trouble
 from glmui.engine.model_folder import describe
 from glmui.engine.process import EngineProcess
 from glmui.engine.request import Cancellations
 from glmui.errors import EngineError, ModelError
+from glmui.memory.ladder import Ladder, Trouble
 from glmui.types import Chunk, EngineInfo, EngineSpec, EngineState, GenerationParams, Message, Progress, Usage
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from glmui.engine.echo_script import Script, read_script
-from glmui.engine.forecast import Forecast, forecast
 from glmui.engine.request import Cancellations, Stopwatch, room
 from glmui.errors import EngineError
+from glmui.memory.forecast import Forecast, forecast
 from glmui.meter import Reading
 from glmui.text import pieces
 from glmui.types import (

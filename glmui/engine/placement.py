@@ -12,11 +12,11 @@ from torch import nn
 
 from glmui import i18n
 from glmui.engine import device as devices
-from glmui.engine.fitting import room, wish_of
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.plan import PIECE, Machine, Plan, plan
 from glmui.glm.checkpoint import AnyModel, Place, everything_on
 from glmui.glm.config import AnyConfig
+from glmui.memory.fitting import room, wish_of
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import PIECE, Machine, Plan, plan
 from glmui.quant.fast import KernelLinear
 from glmui.types import BITS, EngineSpec
 

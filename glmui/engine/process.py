@@ -10,7 +10,7 @@ from typing import Any
 
 from glmui.engine import worker
 from glmui.engine.wire import Wire, info_from
-from glmui.engine.witness import KILLED, Witness
+from glmui.memory.witness import KILLED, Witness
 from glmui.types import EngineInfo, EngineSpec
 
 

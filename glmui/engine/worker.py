@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from glmui.engine.families import open_family
-from glmui.engine.ladder import Stage
 from glmui.engine.request import Cancellations
-from glmui.engine.trouble import is_card_fault, out_of_memory_on
 from glmui.engine.wire import Wire, chat_from
 from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
+from glmui.memory.ladder import Stage
+from glmui.memory.trouble import is_card_fault, out_of_memory_on
 from glmui.types import ChatEngine, Chunk, EngineSpec, Progress, TakesExtras
 
 SIGN_SECONDS = 1.0

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmui.engine.quantise_folder import EITHER
 from glmui.errors import ModelError
 from glmui.glm.checkpoint import FLOATS, check, empty_model, is_finite, read_file, read_folder, swap_quantised
 from glmui.glm.config import read_config
 from glmui.hub.source_folder import SourceFolder
+from glmui.quantising.folder import EITHER
 from glmui.text.chat_template import ChatTokenizer
 from glmui.text.chatglms import open_tokenizer
 

@@ -103,8 +103,8 @@ def _write(source: SourceFolder, job: Job, tell: Tell) -> None:
 
 def _copy(tensors: dict[str, Tensor], target: Path, tell: Tell) -> None:
     """One tensor after the other, its pages let go again: the memory of its own stays small."""
-    from glmui.engine.tensor_file import TensorFile
     from glmui.quant.mapped import release
+    from glmui.quantising.tensor_file import TensorFile
 
     forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
@@ -118,7 +118,7 @@ def _copy(tensors: dict[str, Tensor], target: Path, tell: Tell) -> None:
 
 
 def _quantise(job: Job, tell: Tell) -> None:
-    from glmui.engine.quantise_folder import quantise_folder
+    from glmui.quantising.folder import quantise_folder
 
     def told(progress: Progress) -> None:
         tell("converting", progress.done, progress.total, progress.detail)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from glmui.engine import random_model
-from glmui.engine.plan import GIB
+from glmui.bench import random_model
 from glmui.errors import InvalidInput
+from glmui.memory.plan import GIB
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.tools.bench_results import missing_lines, table
 from glmui.tools.chat import Terminal, find_model

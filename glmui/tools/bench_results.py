@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmui.engine.figures import BATCHES, CONTEXTS, PEAKS, PROMPTS, PUBLISHED, has_limit
+from glmui.bench.figures import BATCHES, CONTEXTS, PEAKS, PROMPTS, PUBLISHED, has_limit
 from glmui.tools.aligned import columns_of, padded
 from glmui.types import EngineInfo
 

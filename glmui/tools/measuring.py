@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
-from glmui.engine import measure
-from glmui.engine.probe import ReadProbe
+from glmui.bench import measure
+from glmui.bench.probe import ReadProbe
 from glmui.engine.wire import Wire, error_from, info_from
 from glmui.errors import EngineError
 from glmui.tools.bench_results import Results, label

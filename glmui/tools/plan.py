@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 
 from glmui import i18n
-from glmui.engine.fitting import context_of, most_tokens, wish_of
-from glmui.engine.forecast import explain, machine_of
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.plan import CUDA_CONTEXT, GIB, Machine, Plan, plan
-from glmui.engine.published import SHAPES
 from glmui.errors import InvalidInput, NotFound
 from glmui.glm.config import AnyConfig, read_config
 from glmui.hub import installed
+from glmui.memory.fitting import context_of, most_tokens, wish_of
+from glmui.memory.forecast import explain, machine_of
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, plan
+from glmui.memory.published import SHAPES
 from glmui.meter import Meter
 from glmui.settings import Settings, spec_of
 from glmui.tools.aligned import aligned

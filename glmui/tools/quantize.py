@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from glmui import i18n
-from glmui.engine.new_folder import sweep
-from glmui.engine.quantise_job import Job
 from glmui.engine.wire import Wire, error_from
 from glmui.engine.worker import ENVIRONMENT
 from glmui.errors import EngineError
+from glmui.quantising.job import Job
+from glmui.quantising.new_folder import sweep
 from glmui.tools.chat import Terminal
 from glmui.tools.quantize_results import Results, Say, table
 
@@ -70,7 +70,7 @@ def _work(connection: Connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the command's to handle
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from glmui.engine.quantise_run import run as do
+    from glmui.quantising.run import run as do
 
     do(connection, job)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmui.engine.quantise_job import Job
+from glmui.quantising.job import Job
 from glmui.tools.aligned import aligned
 
 Say = Callable[..., str]  # a text by its key, without "cli.", its values by name

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glmui.engine import measure, suite
+from glmui.bench import measure, suite
 from glmui.engine.families import family_of
 from glmui.engine.wire import info_from
 from glmui.errors import EngineError, InvalidInput, StoreError

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from glmui.chat import ChatService
 from glmui.choice import Choice
-from glmui.engine.forecast import Forecast
-from glmui.engine.model_size import CPU
+from glmui.memory.forecast import Forecast
+from glmui.memory.model_size import CPU
 from glmui.meter import Card, Meter, Reading
 from glmui.settings import Settings
 from glmui.types import EngineInfo, EngineSpec

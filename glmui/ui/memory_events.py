@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from glmui.engine.forecast import Forecast
 from glmui.errors import GlmuiError
+from glmui.memory.forecast import Forecast
 from glmui.ui import present_plan
 from glmui.ui.memory import Memory
 from glmui.ui.words import Words

@@ -7,10 +7,10 @@ from functools import partial
 from html import escape
 
 from glmui import i18n
-from glmui.engine.fitting import context_that_fits
-from glmui.engine.forecast import Forecast, explain
-from glmui.engine.model_size import CPU
-from glmui.engine.plan import CUDA_CONTEXT, budget
+from glmui.memory.fitting import context_that_fits
+from glmui.memory.forecast import Forecast, explain
+from glmui.memory.model_size import CPU
+from glmui.memory.plan import CUDA_CONTEXT, budget
 from glmui.ui.memory import Freed, Prospect
 from glmui.ui.present import size
 from glmui.ui.present_outlook import about

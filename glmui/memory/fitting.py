@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.plan import Machine, Plan, Wish, budget, bytes_on, longest, plan
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import Machine, Plan, Wish, budget, bytes_on, longest, plan
 from glmui.types import EngineSpec
 
 LEAST_ROOM = 512  # tokens: with less there is no conversation

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from glmui.engine.published import SHAPES
 from glmui.errors import FetchError
 from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig
+from glmui.memory.published import SHAPES
 from glmui.text.vocabulary import CHATGLM2_PIECES, NAMES
 
 SIZES: dict[str, AnyConfig] = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from glmui.engine.model_size import ModelSize
-from glmui.engine.plan import GIB, Machine
-from glmui.engine.published import SHAPES
+from glmui.memory.model_size import ModelSize
+from glmui.memory.plan import GIB, Machine
+from glmui.memory.published import SHAPES
 from glmui.types import EngineSpec
 
 SHAPE = SHAPES["chatglm-6b-int4"]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glmui.engine.quantise_folder import EITHER, Bits
 from glmui.errors import ModelError
 from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import (
@@ -29,6 +28,7 @@ from glmui.glm.config import read_config
 from glmui.glm.model import ChatGLMModel
 from glmui.quant.mapped import release
 from glmui.quant.packing import dequantise, quantise
+from glmui.quantising.folder import EITHER, Bits
 
 
 class Weights:

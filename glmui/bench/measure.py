@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
+from glmui.bench.figures import Figures, Subject
 from glmui.engine.device import resolve_device
 from glmui.engine.families import family_of, open_family
-from glmui.engine.figures import Figures, Subject
 from glmui.engine.wire import Wire
 from glmui.engine.worker import ENVIRONMENT, explain
 from glmui.errors import EngineError, InvalidInput, to_values
@@ -103,7 +103,7 @@ def _measure(engine: ChatEngine, wire: Wire) -> None:
 
 
 def _measure_card(engine: ChatEngine, wire: Wire) -> None:
-    from glmui.engine.card_subject import copy_gb_s, cuda_context
+    from glmui.bench.card_subject import copy_gb_s, cuda_context
 
     device = engine.info().device
 
@@ -116,8 +116,8 @@ def _measure_card(engine: ChatEngine, wire: Wire) -> None:
 
 def subject_of(engine: Any) -> Subject:
     """What is inside a loaded engine of the families chatglm and causal_lm."""
-    from glmui.engine.card_subject import CardSubject
-    from glmui.engine.subjects import CausalSubject, GLMSubject
+    from glmui.bench.card_subject import CardSubject
+    from glmui.bench.subjects import CausalSubject, GLMSubject
 
     decoder, info = engine.speaker.decoder, engine.info()
     if info.family != "chatglm":

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from glmui.bench.figures import MOST_STEPS, NotMeasured, Rows
 from glmui.engine.decoders import decoder_of
-from glmui.engine.figures import MOST_STEPS, NotMeasured, Rows
 from glmui.engine.generate import Decoder
 from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import AnyModel

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from glmui.engine import compare, sensitivity
 from glmui.engine.device import count_physical_cores, resolve_device
-from glmui.engine.new_folder import check_target
-from glmui.engine.quantise_folder import Bits, Source, check_place, folder_bytes, open_source, quantise_folder
-from glmui.engine.quantise_job import Job
 from glmui.engine.wire import Wire
 from glmui.engine.worker import explain
 from glmui.errors import InvalidInput, to_values
 from glmui.glm.files import weight_files
+from glmui.quantising import compare, sensitivity
+from glmui.quantising.folder import Bits, Source, check_place, folder_bytes, open_source, quantise_folder
+from glmui.quantising.job import Job
+from glmui.quantising.new_folder import check_target
 
 GROUP_SIZES = (None, 128, 64, 32)  # what the report compares INT4 with; None is one scale per row
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from glmui import i18n
-from glmui.engine.fitting import context_that_fits, lighter, room, wish_of
 from glmui.engine.model_folder import describe
-from glmui.engine.model_size import CPU, ModelSize
-from glmui.engine.plan import CUDA_CONTEXT, Machine, Plan, Wish, plan, program_bytes
-from glmui.engine.pretended import pretended
 from glmui.glm.config import read_config
+from glmui.memory.fitting import context_that_fits, lighter, room, wish_of
+from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan import CUDA_CONTEXT, Machine, Plan, Wish, plan, program_bytes
+from glmui.memory.pretended import pretended
 from glmui.meter import Card, Reading
 from glmui.types import BITS, EngineSpec
 

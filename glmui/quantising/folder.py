@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glmui.engine.new_folder import new_folder
-from glmui.engine.tensor_file import Form, TensorFile, file_bytes
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import (
     AnyModel,
@@ -33,6 +31,8 @@ from glmui.glm.model import ChatGLMModel
 from glmui.quant.linear import check_group_size
 from glmui.quant.mapped import release
 from glmui.quant.packing import quantise
+from glmui.quantising.new_folder import new_folder
+from glmui.quantising.tensor_file import Form, TensorFile, file_bytes
 from glmui.types import Progress
 
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # of each block, as published

@@ -12,8 +12,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from glmui.engine.model_size import CPU, ModelSize
 from glmui.errors import InvalidInput
+from glmui.memory.model_size import CPU, ModelSize
 
 GIB = 2**30
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from glmui.engine.measure import memory, serve
+from glmui.bench.measure import memory, serve
 from glmui.engine.wire import Wire
 from glmui.errors import GlmuiError
 from glmui.types import ChatEngine, EngineSpec, GenerationParams, Message, Usage
@@ -87,8 +87,8 @@ def converse(engine: ChatEngine, params: GenerationParams) -> dict[str, Any]:
 
 def _agreement(engine: Any, spec: EngineSpec, baseline: Path) -> dict[str, Any]:
     """Beside the baseline: nothing where their vocabularies are not the same."""
-    from glmui.engine import compare
     from glmui.glm.config import read_config
+    from glmui.quantising import compare
 
     with contextlib.suppress(GlmuiError):
         if read_config(baseline).vocab_size != read_config(spec.folder, spec.chatglm_family).vocab_size:

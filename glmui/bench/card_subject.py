@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmui.engine.figures import (
+from glmui.bench.figures import (
     MOST_STEPS,
     PUBLISHED,
     NotMeasured,
@@ -22,7 +22,7 @@ from glmui.engine.figures import (
     median_of,
     prefill_rate,
 )
-from glmui.engine.subjects import DecoderRow, GLMRows, GLMSubject, kept_bytes
+from glmui.bench.subjects import DecoderRow, GLMRows, GLMSubject, kept_bytes
 from glmui.glm.checkpoint import AnyModel
 from glmui.meter import Meter
 from glmui.quant.linear import QuantizedLinear

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from glmui.engine.quantise_folder import EITHER, Bits
-from glmui.engine.streamed import Weights, cache_for, stream
 from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import AnyModel
 from glmui.glm.config import read_config
+from glmui.quantising.folder import EITHER, Bits
+from glmui.quantising.streamed import Weights, cache_for, stream
 from glmui.text.chatglms import open_tokenizer, prompt_ids
 from glmui.types import Message
 

@@ -1,0 +1,1 @@
+"""What `glmui bench` measures, in processes of their own."""
