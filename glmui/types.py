@@ -144,6 +144,7 @@ class EngineInfo:
     context_length: int = 0  # tokens the model was trained for; 0 when unknown
     context_room: int = 0  # tokens of prompt and reply that memory has room for; 0 when unknown
     layers: tuple[str, ...] = ()  # the device of each of ChatGLM's layers
+    prefill_piece: int = 0  # tokens of a prompt that are read at a time; 0 when unknown
     pid: int | None = None
     reason: str = ""  # why this device and precision: a key of the locales
     kernel: str = ""  # what multiplies quantised weights; "" where torch does

@@ -339,7 +339,7 @@ def on_card() -> Iterator[EngineClient]:
 
 def test_without_text_a_reply_begins_anew_with_less(on_card: EngineClient) -> None:
     chunks = ask(on_card, "/echo piece=64")
-    assert stages_of(chunks) == ["starting", "loading", "prefill"] * 3
+    assert stages_of(chunks) == ["starting", "loading", "prefill"] * 2
     assert (text_of(chunks), chunks[-1].finish_reason) == ("piece=64", "stop")
     assert chunks[-1].note == notes.note("memory_pieces", tokens=64)
     assert on_card.info().reason == "reasons.memory_pieces"
@@ -448,7 +448,7 @@ def test_killed_by_the_kernel_before_any_text(
 
     chunks = ask(patient, "/echo prefill=1", "1", then)
     assert text_of(chunks) == "prefill=1"
-    assert chunks[-1].note == notes.note("memory_pieces", tokens=128)
+    assert chunks[-1].note == notes.note("memory_pieces", tokens=64)
 
 
 def test_killed_by_the_kernel_in_mid_reply(
@@ -476,7 +476,7 @@ def test_a_real_memory_error(patient: EngineClient) -> None:
     engine.rlimit(psutil.RLIMIT_AS, (bound, bound))
     chunks = ask(patient, "/echo hog=200", "2")  # there is room for it in the next process
     assert text_of(chunks) == "hog=200"
-    assert chunks[-1].note == notes.note("memory_pieces", tokens=128)
+    assert chunks[-1].note == notes.note("memory_pieces", tokens=64)
     assert gone(engine.pid)
 
 

@@ -34,14 +34,22 @@ LOADING = EngineInfo(family="chatglm")  # all that is known before a model is lo
     ("spec", "info", "stage", "device", "kind", "changed"),
     [
         # a long prompt on a card: smaller pieces first, then layers, then the CPU
-        (CARD, info_of(CARD), "prefill", "cuda:0", "pieces", {"prefill_piece": 128}),
+        (CARD, info_of(CARD), "prefill", "cuda:0", "pieces", {"prefill_piece": 64}),
+        (
+            CARD,
+            replace(info_of(CARD), prefill_piece=1024),
+            "prefill",
+            "cuda:0",
+            "pieces",
+            {"prefill_piece": 256},
+        ),
         (
             replace(CARD, prefill_piece=512),
             info_of(CARD),
             "prefill",
             "cuda:0",
             "pieces",
-            {"prefill_piece": 256},
+            {"prefill_piece": 128},
         ),
         (
             replace(CARD, prefill_piece=128),
@@ -80,7 +88,7 @@ LOADING = EngineInfo(family="chatglm")  # all that is known before a model is lo
             "context",
             {"context_most": 1024, "device": "mixed", "layers_on_gpu": 8},
         ),
-        (AUTO, info_of(MIXED), "prefill", "cuda:0", "pieces", {"prefill_piece": 128, "layers_on_gpu": 8}),
+        (AUTO, info_of(MIXED), "prefill", "cuda:0", "pieces", {"prefill_piece": 64, "layers_on_gpu": 8}),
         (AUTO, info_of(CARD), "prefill", "cuda:0", "pieces", {"device": "auto", "layers_on_gpu": None}),
         # layers: a quarter, two at least, and then none
         (MIXED, info_of(MIXED), "loading", "cuda:0", "layers", {"layers_on_gpu": 6}),
@@ -118,7 +126,7 @@ LOADING = EngineInfo(family="chatglm")  # all that is known before a model is lo
             {"device": "cpu", "context_most": 0, "prefill_piece": 0},
         ),
         # the RAM: nothing is moved off a card
-        (HOST, info_of(HOST), "prefill", "cpu", "pieces", {"prefill_piece": 128}),
+        (HOST, info_of(HOST), "prefill", "cpu", "pieces", {"prefill_piece": 64}),
         (replace(HOST, prefill_piece=64), info_of(HOST), "prefill", "cpu", "context", {"context_most": 1024}),
         (MIXED, info_of(MIXED), "decode", "cpu", "context", {"device": "mixed", "layers_on_gpu": 8}),
         # a transformers model goes wherever it goes as a whole
@@ -182,18 +190,18 @@ def test_a_model_stays_lowered_until_another_spec_is_chosen() -> None:
     ladder = Ladder(CARD)
     assert (ladder.spec, ladder.reason, ladder.news()) == (CARD, "", "")
     ladder.lower(info_of(CARD), Trouble("prefill", "cuda:0"))
-    assert ladder.spec == replace(CARD, prefill_piece=128)
+    assert ladder.spec == replace(CARD, prefill_piece=64)
     assert ladder.reason == "reasons.memory_pieces"
     ladder.choose(CARD)
-    assert ladder.spec == replace(CARD, prefill_piece=128)
+    assert ladder.spec == replace(CARD, prefill_piece=64)
     ladder.choose(replace(CARD, adapter="a"))  # changed without loading anew
-    assert ladder.spec == replace(CARD, prefill_piece=128, adapter="a")
+    assert ladder.spec == replace(CARD, prefill_piece=64, adapter="a")
     ladder.choose(HOST)
     assert (ladder.spec, ladder.reason) == (HOST, "")
 
 
 def test_each_change_is_told_once_with_its_last_value() -> None:
-    ladder = Ladder(CARD)
+    ladder = Ladder(replace(CARD, prefill_piece=1024))
     for _ in range(2):
         ladder.lower(info_of(CARD), Trouble("prefill", "cuda:0"))
     ladder.lower(info_of(CARD), Trouble("decode", "cuda:0"))

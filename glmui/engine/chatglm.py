@@ -62,6 +62,7 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         context_length=config.context_length,
         context_room=where.room,
         layers=where.layers,
+        prefill_piece=where.piece,
         reason=prepared.reason or where.reason,
     )
     speaker = Speaker(

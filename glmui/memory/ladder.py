@@ -19,7 +19,7 @@ Stage = Literal["loading", "prefill", "decode"]
 Kind = Literal["pieces", "context", "layers", "reserve", "cpu"]
 
 LEAST_PIECE, LEAST_CONTEXT = 64, 512  # tokens
-_USUAL_PIECE = 256  # what a spec that leaves the choice to the plan has at most
+_USUAL_PIECE = 256  # where an engine does not tell
 _FIRST_RESERVE, _MOST_RESERVE = 1_000_000_000, 4_000_000_000  # bytes of a card left free
 
 
@@ -78,9 +78,11 @@ def _steps(spec: EngineSpec, family: str, trouble: Trouble) -> list[Step]:
 
 
 def _smaller_pieces(spec: EngineSpec, info: EngineInfo) -> Rung | None:
-    piece = (spec.prefill_piece or _USUAL_PIECE) // 2
-    if piece < LEAST_PIECE:
+    """A quarter of them: each rung costs a load."""
+    now = spec.prefill_piece or info.prefill_piece or _USUAL_PIECE
+    if now <= LEAST_PIECE:
         return None
+    piece = max(LEAST_PIECE, now // 4)
     return Rung(replace(_held(spec, info), prefill_piece=piece), "pieces", {"tokens": piece})
 
 
