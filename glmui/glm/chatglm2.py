@@ -15,17 +15,17 @@ H hidden size, F inner size of the MLP, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmui.glm.attention import Attention
-from glmui.glm.cache import KVCache, Prefix
+from glmui.glm.cache import KVCache
 from glmui.glm.config import GLM2Config
 from glmui.glm.layout import Causal, fill_left, mask
-from glmui.glm.parts import PIECE, Head, Rotary, beside, look_up, pieces, ticker, word_embeddings
+from glmui.glm.parts import PIECE, Head, Network, Rotary, beside, look_up, pieces, ticker, word_embeddings
 from glmui.glm.rotary import pair_table, rotate_pairs
 
 
@@ -120,6 +120,8 @@ class Encoder(nn.Module):
 
 
 class GLM2Transformer(nn.Module):
+    config: GLM2Config
+
     def __init__(self, config: GLM2Config) -> None:
         super().__init__()
         self.config = config
@@ -158,42 +160,20 @@ class GLM2Transformer(nn.Module):
         return out
 
 
-class ChatGLM2Model(nn.Module):
-    """The whole network. Weights are random until checkpoint.load_model fills them.
-
-    cache_dtype: what new caches keep keys and values in; None for what they are computed in.
-    prefix: what new caches begin with. piece: tokens of a prompt worked on at a time.
-    """
+class ChatGLM2Model(Network):
+    """The whole network. Weights are random until checkpoint.load_model fills them."""
 
     EMBEDDING = "transformer.embedding.word_embeddings"
     BLOCKS = "transformer.encoder.layers"
+    NORM = "transformer.encoder.final_layernorm"
     HEAD = "transformer.output_layer"
 
-    cache_dtype: torch.dtype | None = None
-    prefix: Prefix | None = None
-    piece = PIECE
+    config: GLM2Config
 
     def __init__(self, config: GLM2Config) -> None:
         super().__init__()
         self.config = config
         self.transformer = GLM2Transformer(config)
-
-    @property
-    def device(self) -> torch.device:
-        """Where ids go and logits come from. (The embedding may be elsewhere: see parts.look_up.)"""
-        return self.transformer.encoder.final_layernorm.weight.device
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The embedding, each block, the last norm and the head, with their names."""
-        body = self.transformer
-        yield self.EMBEDDING, body.embedding.word_embeddings
-        for place, block in enumerate(body.encoder.layers):
-            yield f"{self.BLOCKS}.{place}", block
-        yield "transformer.encoder.final_layernorm", body.encoder.final_layernorm
-        yield self.HEAD, body.output_layer
-
-    def tie(self) -> None:
-        """Nothing to do: the output head has a weight of its own."""
 
     def pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         """Prompts as ids [batch, n] and pads [batch]; see layout.fill_left."""
@@ -202,10 +182,6 @@ class ChatGLM2Model(nn.Module):
     def layout(self, ids: Tensor, pads: Tensor | None = None) -> Causal:
         """The layout of prompts [batch, n]."""
         return Causal.of(ids, pads)
-
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for `capacity` tokens."""
-        return KVCache(self.config.num_layers, capacity, self.cache_dtype, self.prefix)
 
     def forward(
         self,

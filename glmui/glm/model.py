@@ -14,16 +14,16 @@ ends: b batch, n new tokens, t all tokens so far, h heads, d head size, H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from glmui.glm.attention import Attention, Gelu, Rotate
-from glmui.glm.cache import KVCache, Prefix
+from glmui.glm.cache import KVCache
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, mask, pad_left
-from glmui.glm.parts import PIECE, Head, Rotary, beside, look_up, pieces, ticker, word_embeddings
+from glmui.glm.parts import PIECE, Head, Network, Rotary, beside, look_up, pieces, ticker, word_embeddings
 from glmui.glm.rotary import rotary_table
 
 # The published code always takes 28 here, whatever the number of layers.
@@ -149,20 +149,16 @@ class GLMTransformer(nn.Module):
         return out
 
 
-class ChatGLMModel(nn.Module):
-    """The whole network. Weights are random until checkpoint.load_model fills them.
-
-    cache_dtype: what new caches keep keys and values in; None for what they are computed in.
-    prefix: what new caches begin with. piece: tokens of a prompt worked on at a time.
-    """
+class ChatGLMModel(Network):
+    """The whole network. Weights are random until checkpoint.load_model fills them."""
 
     EMBEDDING = "transformer.word_embeddings"
     BLOCKS = "transformer.layers"
+    NORM = "transformer.final_layernorm"
     HEAD = "lm_head"
+    tied = True
 
-    cache_dtype: torch.dtype | None = None
-    prefix: Prefix | None = None
-    piece = PIECE
+    config: GLMConfig
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -171,19 +167,6 @@ class ChatGLMModel(nn.Module):
         self.lm_head: nn.Module = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
-    @property
-    def device(self) -> torch.device:
-        """Where ids go and logits come from. (The embedding may be elsewhere: see parts.look_up.)"""
-        return self.transformer.final_layernorm.weight.device
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The embedding, each block, and the last norm, with their names; the head is the embedding."""
-        body = self.transformer
-        yield self.EMBEDDING, body.word_embeddings
-        for place, block in enumerate(body.layers):
-            yield f"{self.BLOCKS}.{place}", block
-        yield "transformer.final_layernorm", body.final_layernorm
-
     def pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         """Prompts as ids [batch, n] and pads [batch]; see layout.pad_left."""
         return pad_left(prompts, self.config)
@@ -191,15 +174,6 @@ class ChatGLMModel(nn.Module):
     def layout(self, ids: Tensor, pads: Tensor | None = None) -> Layout:
         """The layout of prompts [batch, n]."""
         return Layout.of(ids, self.config, pads)
-
-    def tie(self) -> None:
-        """Make the output head use the embedding's tensors (a quantised one has two)."""
-        for name, tensor in self.transformer.word_embeddings.named_parameters():
-            setattr(self.lm_head, name, tensor)
-
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for `capacity` tokens."""
-        return KVCache(self.config.num_layers, capacity, self.cache_dtype, self.prefix)
 
     def forward(
         self,

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from glmui.glm.cache import KVCache, Prefix
+from glmui.glm.config import AnyConfig
 
 # Tokens worked on at a time in a long prompt: bounds memory, and how long Stop waits. A model's `piece` may
 # be another number.
 PIECE = 256
 
 Rotary = tuple[Tensor, Tensor]
+
+
+class Network(nn.Module):
+    """What the two have in common for those who use them.
+
+    EMBEDDING, BLOCKS, NORM, HEAD: the parts' names; `tied` where the head is the embedding.
+    cache_dtype: what new caches keep keys and values in; None for what they are computed in.
+    prefix: what new caches begin with. piece: tokens of a prompt worked on at a time.
+    """
+
+    EMBEDDING, BLOCKS, NORM, HEAD = "", "", "", ""
+    tied = False
+
+    cache_dtype: torch.dtype | None = None
+    prefix: Prefix | None = None
+    piece = PIECE
+    config: AnyConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go and logits come from. (The embedding may be elsewhere: see look_up.)"""
+        return self.get_submodule(self.NORM).get_parameter("weight").device
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The embedding, each block, the last norm, and a head of its own, with their names."""
+        yield self.EMBEDDING, self.get_submodule(self.EMBEDDING)
+        for place, block in enumerate(self.get_submodule(self.BLOCKS).children()):
+            yield f"{self.BLOCKS}.{place}", block
+        for name in (self.NORM,) if self.tied else (self.NORM, self.HEAD):
+            yield name, self.get_submodule(name)
+
+    def tie(self) -> None:
+        """Make the output head use the embedding's tensors (a quantised one has two), where it is tied."""
+        if self.tied:
+            for name, tensor in self.get_submodule(self.EMBEDDING).named_parameters():
+                setattr(self.get_submodule(self.HEAD), name, tensor)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for `capacity` tokens."""
+        return KVCache(self.config.num_layers, capacity, self.cache_dtype, self.prefix)
 
 
 def word_embeddings(count: int, size: int) -> nn.Embedding:
