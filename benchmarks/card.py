@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,13 @@ from glmui import prompts  # noqa: E402
 from glmui.bench import random_model  # noqa: E402
 from glmui.bench.card_subject import copy_gb_s  # noqa: E402
 from glmui.bench.measure import subject_of  # noqa: E402
+from glmui.engine.card_step import record  # noqa: E402
 from glmui.engine.client import EngineClient  # noqa: E402
 from glmui.engine.families import open_family  # noqa: E402
 from glmui.errors import EngineError  # noqa: E402
 from glmui.memory.plan import GIB  # noqa: E402
 from glmui.quant.kernels import cuda  # noqa: E402
+from glmui.quant.kernels.cuda import CardKernels  # noqa: E402
 from glmui.quant.packing import dequantise, quantise  # noqa: E402
 from glmui.text import open_counter  # noqa: E402
 from glmui.tools.measuring import take  # noqa: E402
@@ -43,7 +45,8 @@ from glmui.types import EngineSpec, GenerationParams, Message  # noqa: E402
 
 DEVICE = "cuda:0"
 SHAPES = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384), (130528, 4096))  # rows, columns
-ROUNDS, CRASHES = 40, 20
+COLD = 256 << 20  # bytes: more than any card's L2 cache
+EARLIER, ROUNDS, CRASHES = 12, 40, 20
 STEPS = 32
 QUESTION = " ".join(map(str, range(100, 300)))  # a token each in a vocabulary of random_model
 
@@ -56,33 +59,46 @@ def kernels(folder: Path) -> Iterator[dict[str, Any]]:
         return
     for bits in (4, 8):
         for rows, columns in SHAPES:
-            weight, scale = quantise(torch.randn(rows, columns, device=DEVICE).half() / 50, bits)
-            nbytes = weight.numel() + 2 * rows
-            dense = dequantise(weight, scale, bits, columns, torch.float16)
-            shape = {"bits": bits, "rows": rows, "columns": columns}
-            for count in (1, 2, 4, 8):
-                x = torch.randn(count, columns, device=DEVICE).half()
-                multiply = partial(loaded.kernels.linear, x, weight, scale, bits)
-                seconds, wanted = timed(multiply), x.double() @ dense.double().T
-                error = (multiply().double() - wanted).norm() / wanted.norm()
-                speed = {"us": round(seconds * 1e6, 1), "gb_s": round(nbytes / seconds / 1e9, 1)}
-                yield {**shape, "x": count, **speed, "error": round(error.item(), 6)}
-            seconds = timed(partial(loaded.kernels.widen, weight, scale, bits, dense))
-            yield {**shape, "widen_gb_s": round((nbytes + dense.nbytes) / seconds / 1e9, 1)}
+            yield from shaped(loaded.kernels, bits, rows, columns)
 
 
-def timed(work: Callable[[], Any], runs: int = 50) -> float:
-    """Seconds of one call, the median of several; the weights of the one before are out of the L2 cache."""
-    flush = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
-    seconds = []
+def shaped(kernels: CardKernels, bits: int, rows: int, columns: int) -> Iterator[dict[str, Any]]:
+    """One shape. Its weights lie there so often that none is in the L2 cache when its turn comes."""
+    random = torch.randn(rows, columns, device=DEVICE, dtype=torch.float16).div_(50)
+    weight, scale = quantise(random, bits)
+    del random
+    nbytes = weight.numel() + 2 * rows
+    weights = [weight, *(weight.clone() for _ in range(COLD // nbytes))]
+    dense = dequantise(weight, scale, bits, columns, torch.float16)
+    shape = {"bits": bits, "rows": rows, "columns": columns}
+    for count in (1, 2, 4, 8):
+        x = torch.randn(count, columns, device=DEVICE).half()
+        seconds = timed([partial(kernels.linear, x, each, scale, bits) for each in weights])
+        wanted = x.float() @ dense.float().T
+        error = (kernels.linear(x, weight, scale, bits).float() - wanted).norm() / wanted.norm()
+        speed = {"us": round(seconds * 1e6, 1), "gb_s": round(nbytes / seconds / 1e9, 1)}
+        yield {**shape, "x": count, **speed, "error": round(error.item(), 6)}
+    seconds = timed([partial(kernels.widen, each, scale, bits, dense) for each in weights])
+    yield {**shape, "widen_gb_s": round((nbytes + dense.nbytes) / seconds / 1e9, 1)}
+
+
+def timed(works: Sequence[Callable[[], Any]], runs: int = 20) -> float:
+    """Seconds of one of these calls, which follow each other in a CUDA graph: the median of several runs."""
+
+    def all_of_them() -> Any:
+        return [work() for work in works][-1]
+
+    graph, _ = record(all_of_them, torch.device(DEVICE))
+    seconds: list[float] = []
     for _ in range(runs):
-        flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # while it runs the next one is queued, so that no wait for Python is counted
         begin.record()
-        work()
+        graph.replay()
         end.record()
         end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
+        seconds.append(begin.elapsed_time(end) / 1e3 / len(works))
+    graph.reset()
     return sorted(seconds)[runs // 2]
 
 
@@ -104,7 +120,9 @@ def rounds(folder: Path) -> Iterator[dict[str, Any]]:
     engine, count = open_family(spec_for(folder), lambda progress: None), open_counter(folder)
     params = GenerationParams(max_new_tokens=16)
     said: list[Message] = []
-    held, prompt_tokens = [], []
+    for number in range(EARLIER):  # more than the context holds, so that every round is at its limit
+        said += [Message("user", f"{number}. {QUESTION}"), Message("assistant", "。")]
+    held, reserved, prompt_tokens = [], [], []
     for number in range(ROUNDS):
         said.append(Message("user", f"{number}. {QUESTION}"))
         prompt = prompts.fit(said, count, params.max_length - 64, hard_limit=params.max_length - 1)
@@ -112,11 +130,13 @@ def rounds(folder: Path) -> Iterator[dict[str, Any]]:
         said.append(Message("assistant", "".join(chunk.text for chunk in chunks) or "。"))
         prompt_tokens.append(chunks[-1].usage.prompt_tokens if chunks[-1].usage else 0)
         held.append(torch.cuda.max_memory_allocated())
+        reserved.append(torch.cuda.memory_reserved())
     yield {
         "rounds": ROUNDS,
         "prompt_tokens": prompt_tokens[-1],
         "peak_gb": round(held[-1] / 1e9, 3),
         "growth_mb_after_round_3": round((held[-1] - held[2]) / 1e6, 2),
+        "reserved_growth_mb_after_round_3": round((reserved[-1] - reserved[2]) / 1e6, 2),
     }
 
 

@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what goes wrong is said in one sentence of the terminal's language."""
     language = i18n.of_terminal()
     _print_anything()
+    _keep_to_errors()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     options = _parser(name, language).parse_args(arguments)
@@ -306,6 +307,12 @@ def _print_anything() -> None:
         if isinstance(stream, TextIOWrapper):
             with contextlib.suppress(ValueError):
                 stream.reconfigure(errors="replace")
+
+
+def _keep_to_errors() -> None:
+    """A command that keeps no log file shows what it logs on the terminal: errors alone belong there."""
+    if logging.lastResort:
+        logging.lastResort.setLevel(logging.ERROR)
 
 
 def _parser(name: str, language: str) -> argparse.ArgumentParser:

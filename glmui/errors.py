@@ -24,7 +24,8 @@ from glmui import i18n
 class GlmuiError(Exception):
     """Base of every error meant for a reader.
 
-    `code` names a sentence in the locales; `values` fill its placeholders.
+    `code` names a sentence in the locales; `values` fill its placeholders. One that is itself words is a
+    function of the language.
     """
 
     exit_code = 1
@@ -37,7 +38,8 @@ class GlmuiError(Exception):
 
     def message(self, language: str = "en") -> str:
         """The sentence in `language` ("en" or "zh")."""
-        return i18n.text(language, f"errors.{self.code}", **self.values)
+        values = {name: value(language) if callable(value) else value for name, value in self.values.items()}
+        return i18n.text(language, f"errors.{self.code}", **values)
 
     def __str__(self) -> str:
         return self.message()

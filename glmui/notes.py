@@ -21,6 +21,13 @@ def join(*notes: str) -> str:
     return "\n".join(filter(None, notes))
 
 
+def left_out(rounds: int) -> str:
+    """The note on the oldest rounds, where the model was not shown so many."""
+    if not rounds:
+        return ""
+    return note("left_out_one") if rounds == 1 else note("left_out", rounds=rounds)
+
+
 def words(notes: str, language: str) -> list[str]:
     """The sentence of each note in `language` ("en" or "zh")."""
     return [_words(line, language) for line in notes.splitlines() if line]

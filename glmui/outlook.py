@@ -31,7 +31,7 @@ class Outlook:
 
     prompt_tokens: the message with all of the conversation that max_length allows. needed: that and a reply.
     room: what memory has room for. The rest is what would help, nothing where it would not:
-    rounds_to_leave_out: of the oldest, more than max_length leaves out. reply_room: the longest reply that
+    rounds_to_leave_out: of the oldest, counted as RoomLeft.for_room. reply_room: the longest reply that
     is possible as it is. layers_to_move: from the cards to the CPU, where layers_left stay on the cards.
     """
 
@@ -146,9 +146,18 @@ def _rounds_to_leave_out(
 ) -> int:
     with suppress(InvalidInput):
         cut = prompts.compose(messages, settings, count, limits)
-        if cut.tokens <= prompts.token_budget(settings.params, limits):
-            return cut.left_out - left_out
+        if cut.left_out > left_out and cut.tokens <= prompts.token_budget(settings.params, limits):
+            rounds = len(prompts.split_rounds(messages[:-1]))
+            return _for_room(cut.left_out, rounds, settings) or cut.left_out - left_out
     return 0
+
+
+def _for_room(left_out: int, rounds: int, settings: ChatSettings) -> int:
+    """How many of the rounds that are left out the reader would rather have kept."""
+    if settings.history == "tokens":
+        return 0
+    unwanted = max(0, rounds - settings.history_rounds) if settings.history == "rounds" else 0
+    return max(0, left_out - unwanted)
 
 
 def room_left(
@@ -160,11 +169,7 @@ def room_left(
     prompt = prompts.compose([*messages, Message("user", "")], settings, count, limits)
     length = limits.length(params)
     rounds = len(prompts.split_rounds(messages))
-    for_room = prompt.left_out
-    if settings.history == "tokens":
-        for_room = 0
-    elif settings.history == "rounds":
-        for_room = max(0, for_room - max(0, rounds - settings.history_rounds))
+    for_room = _for_room(prompt.left_out, rounds, settings)
     return RoomLeft(
         tokens=max(0, min(length, limits.room or length) - prompt.tokens),
         rounds=rounds,

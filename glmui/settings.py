@@ -11,6 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import platformdirs
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from glmui import i18n
 from glmui.errors import InvalidInput, StoreError
 from glmui.types import EngineSpec
 
@@ -174,8 +176,9 @@ def _checked(build: Callable[[], Settings], flags: Iterable[str] = (), page: Ite
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
+        where: str | Callable[[str], str]
         if name in page:
-            where = "sidebar"
+            where = partial(i18n.text, key="settings.sidebar")
         elif name in flags:
             where = f"--{name.replace('_', '-')}"
         elif f"GLMUI_{name.upper()}" in os.environ:

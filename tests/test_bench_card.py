@@ -16,6 +16,7 @@ from glmui.bench.figures import PEAKS, Figures, NotMeasured
 from glmui.engine.decoders import ChatGLMDecoder
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedLinear
+from glmui.quant.on_card import head_in_int8
 from glmui.tools.bench_results import Results, table
 from glmui.types import EngineInfo
 
@@ -134,6 +135,48 @@ def test_no_room_for_a_batch_is_a_figure_not_taken(
     monkeypatch.setattr(card_subject, "GLMRows", full)
     with pytest.raises(NotMeasured, match="card_memory"):
         CardSubject(decoder).at(16, 4)
+
+
+def test_no_room_for_the_published_way_is_a_figure_not_taken(
+    decoder: ChatGLMDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PublishedLinear, "forward", full)
+    for what in figures.PUBLISHED:
+        with pytest.raises(NotMeasured, match="card_memory"):
+            CardSubject(decoder).published(what)  # type: ignore[arg-type]
+
+
+def test_a_card_that_is_full_copies_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def empty(size: int, **wishes: Any) -> torch.Tensor:
+        taken.append(size)
+        if size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(1024, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "empty", empty)
+    room = 40 << 20
+    assert card_subject.copy_gb_s("cuda:0", copies=1) > 0
+    assert taken == [128 << 20, 32 << 20]
+    room = 0
+    with pytest.raises(NotMeasured, match="card_memory"):
+        card_subject.copy_gb_s("cuda:0")
+
+
+def test_a_table_that_is_not_the_head_is_not_read(tmp_path: Path) -> None:
+    random_model.write(tmp_path, "tiny")
+    model = load_model(tmp_path)
+    before = CardSubject(ChatGLMDecoder(model)).weight_bytes  # type: ignore[arg-type]
+    head = model.get_submodule(model.HEAD)
+    assert isinstance(head, torch.nn.Linear)
+    model.set_submodule(model.HEAD, head_in_int8(head, torch.device("cpu")))
+    after = CardSubject(ChatGLMDecoder(model)).weight_bytes  # type: ignore[arg-type]
+    assert after == before - head.weight.nbytes // 2 + 2 * len(head.weight)
 
 
 def test_the_published_way_computes_the_same_and_is_put_back(decoder: ChatGLMDecoder) -> None:

@@ -120,6 +120,14 @@ def test_the_slider_is_kept_by_keys_too_and_goes_back_to_automatic(page: Page, w
     expect(layers(page)).to_have_value(str(fits), timeout=PATIENCE)
 
 
+def test_an_empty_box_of_the_slider_stops_nothing(page: Page, world: CardWorld) -> None:
+    box = page.locator("#layers input[type=number]")
+    box.fill("")
+    expect(page.locator("#plan")).to_contain_text("Everything runs on the CPU")
+    world.choice.change(device="cpu")  # whatever is news still comes to the page, with each tick
+    expect(layers(page)).to_be_hidden(timeout=PATIENCE)
+
+
 def test_what_does_not_fit_is_a_warning_with_what_to_do(page: Page, world: CardWorld) -> None:
     calm = colour(page)
     world.card.others = 3 * GIB

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glmui.engine import card_step
 from glmui.engine.card_step import CardStep, Graph, can_step, record
 from glmui.engine.decoders import GLMDecoder, Held, decoder_of
 from glmui.glm.adapter import Adapter, attach
@@ -213,7 +214,11 @@ def test_recording_warms_up_beside_and_records_once(monkeypatch: pytest.MonkeyPa
         done.append(f"end of {name}")
 
     class Stream:
-        def __init__(self, name: str = "side") -> None:
+        made = 0
+
+        def __init__(self, device: torch.device | None = None, name: str = "side") -> None:
+            assert device is None or str(device) == "cuda:1"
+            Stream.made += device is not None
             self.name = name
 
         def wait_stream(self, other: Stream) -> None:
@@ -222,11 +227,12 @@ def test_recording_warms_up_beside_and_records_once(monkeypatch: pytest.MonkeyPa
     def graph(*args: object, **kwargs: object) -> AbstractContextManager[None]:
         inspect.signature(real_graph).bind(*args, **kwargs)
         assert args == ("graph",)
+        assert kwargs["stream"].name == "side"
         return within("graph")
 
     real_graph = torch.cuda.graph
     fakes = {
-        "device": lambda device: within(str(device)), "current_stream": lambda: Stream("ours"),
+        "device": lambda device: within(str(device)), "current_stream": lambda: Stream(name="ours"),
         "Stream": Stream, "stream": lambda stream: within(stream.name),
         "CUDAGraph": lambda: "graph", "graph": graph,
     }  # fmt: skip
@@ -237,11 +243,15 @@ def test_recording_warms_up_beside_and_records_once(monkeypatch: pytest.MonkeyPa
         done.append("run")
         return torch.tensor([done.count("run")])
 
+    card_step._beside.cache_clear()
     assert record(run, torch.device("cuda:1")) == ("graph", 3)
     assert done == [
         "cuda:1", "side waits for ours", "side", "run", "run", "end of side", "ours waits for side",
         "graph", "run", "end of graph", "end of cuda:1",
     ]  # fmt: skip
+    record(run, torch.device("cuda:1"))
+    card_step._beside.cache_clear()
+    assert Stream.made == 1  # cuBLAS keeps memory for each that it ever met
 
 
 def test_without_graphs_launches_are_started_one_by_one(load: Load, card: Card) -> None:

@@ -490,7 +490,7 @@ def test_memory_against_what_the_model_takes(world: World, size: int, key: str) 
     [
         (6, {}, ("plan_fine", "ok", "All 28 layers on the card", "about 2,040 tokens")),
         (5.6, {}, ("plan_fine", "ok", "25 of 28 layers", "head_bits = 8")),
-        (5, {"head_bits": 8, "kv_cache": "int8"}, ("plan_fine", "ok", "All 28 layers", "room for 2048")),
+        (5, {"head_bits": 8, "kv_cache": "int8"}, ("plan_fine", "ok", "All 28 layers", "2,048 tokens")),
         (5.6, {"device": "cuda"}, ("plan_short", "warning", "As asked", "--context 1")),
         (None, {}, ("plan_fine", "ok", "No card", "about 2,040 tokens")),
     ],

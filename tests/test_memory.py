@@ -165,6 +165,10 @@ def test_what_is_loaded_is_told_as_it_is_whatever_others_take_now(world: CardWor
     assert not prospect.short
     assert "20 of 28 layers" in present_plan.line(prospect, "en")
     assert words(present_plan.table(prospect, "en")).startswith("In memory now: 20 of 28 layers")
+    world.engine.loaded = replace(world.engine.loaded, context_room=600)  # there was room for no more
+    less = memory.prospect(None)
+    assert less is not None
+    assert less.found.plan.vram < prospect.found.plan.vram, "a cache that is not there takes nothing"
     changed = memory.prospect(12)
     assert changed is not None
     assert words(present_plan.table(changed, "en")).startswith("With the next message: 12 of 28 layers")

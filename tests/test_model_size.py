@@ -127,7 +127,8 @@ def test_a_card_takes_float16_and_a_cpu_float32() -> None:
 
 
 def test_the_groups_of_heads_share_one_mask_on_a_cpu_only() -> None:
-    """A card computes the heads that share keys as one with more rows (glm/attention.py)."""
+    """A card computes the heads that share keys as one with more rows (glm/attention.py), and may copy the
+    mask once more."""
     size = ModelSize.of(SHAPES["chatglm3-6b-int4"])
     few, many = (size.scratch_bytes("cuda:0", 8192, "fp16", piece) for piece in (256, 1024))
-    assert many - few > 768 * 8192 * 16 * 3
+    assert many - few > 768 * 8192 * 16 * 5

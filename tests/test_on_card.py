@@ -28,7 +28,14 @@ from glmui.quant import QuantizedLinear, quantize
 from glmui.quant.kernels.cuda import Loaded
 from glmui.quant.kernels.cuda.block import BlockKernels
 from glmui.quant.kernels.cuda.native import MOST_ROWS, CardKernels
-from glmui.quant.on_card import SCRATCH, CardLinear, head_in_int8, scratch_bytes, use_card_kernels
+from glmui.quant.on_card import (
+    SCRATCH,
+    CardLinear,
+    head_in_int8,
+    scratch_bytes,
+    scratch_on,
+    use_card_kernels,
+)
 from glmui.types import ChatEngine, EngineSpec, GenerationParams, Message, Progress
 from tests.chatglm2_fixture import Folder
 from tests.chatglm_fixture import goldens
@@ -123,6 +130,9 @@ class Widened:
         self._kernels = kernels
         self.rows: list[int] = []
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        return self._kernels.takes(dtype)
+
     def widen(self, weight: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
         self.rows.append(len(weight))
         self._kernels.widen(weight, scale, bits, out)
@@ -137,6 +147,61 @@ def test_many_rows_take_a_small_scratch_and_no_whole_matrix(
     got = swapped(plain, telling)(x)  # type: ignore[arg-type]
     assert telling.rows == [20, 20, 20, 12]
     assert (got - plain(x)).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [20, 72])
+def test_every_slice_lands_in_its_place(
+    kernels: CardKernels, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool, rows: int
+) -> None:
+    """A matrix that fits the scratch is one slice; nothing but the product itself is then written."""
+    monkeypatch.setattr("glmui.quant.on_card.SCRATCH", rows * 2 * 128)
+    plain, telling = layer(8, bias), Widened(kernels)
+    if bias:
+        plain.bias = nn.Parameter(plain.bias.to(dtype), requires_grad=False)  # type: ignore[union-attr]
+    x = torch.randn(2, 9, 128).to(dtype)
+    got, wanted = swapped(plain, telling)(x), deepcopy(plain).float()(x.float())  # type: ignore[arg-type]
+    assert telling.rows == ([20, 20, 20, 12] if rows == 20 else [72])
+    assert got.shape == (2, 9, 72)
+    assert (got.float() - wanted).norm() / wanted.norm() < (2e-3 if dtype == torch.float16 else 1.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("total", "part", "wanted"),
+    [(6, 0.9, SCRATCH), (8, 1, 8 * GIB // 96), (80, 0.07, SCRATCH), (80, 1, 4 * SCRATCH)],
+)
+def test_a_large_card_gives_a_larger_scratch(
+    monkeypatch: pytest.MonkeyPatch, total: int, part: float, wanted: int
+) -> None:
+    """Of what torch may take there: a large card that shall behave as a small one does so here, too."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total * GIB)
+    )
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: part)
+    assert scratch_on(torch.device("cuda:0")) == wanted
+    with torch.device("meta"):
+        large = QuantizedLinear.of(nn.Linear(16384, 4096), 4)
+        assert scratch_bytes(large, most=2**30) == 2 * 16384 * 4096
+        assert scratch_bytes(large, most=wanted) == min(wanted, 2 * 16384 * 4096)
+
+
+class NoBfloat16(EmulatedModule):
+    """The kernels of a card before compute capability 8.0."""
+
+    def function(self, name: str) -> Any:
+        if name.endswith("bf16"):
+            raise KeyError(name)
+        return super().function(name)
+
+
+def test_numbers_without_kernels_are_computed_by_torch() -> None:
+    plain = layer(4)
+    plain.bias = nn.Parameter(plain.bias.bfloat16(), requires_grad=False)  # type: ignore[union-attr]
+    card = swapped(plain, CardKernels(NoBfloat16(), "sm_75"))
+    for rows in (1, 40):
+        x = torch.randn(rows, 128).bfloat16()
+        assert torch.equal(card(x), plain(x))
 
 
 def test_the_scratch_is_bounded_unless_whole_matrices_are_asked_for() -> None:
@@ -261,7 +326,9 @@ def text_of(engine: ChatEngine, params: GenerationParams = GREEDY) -> str:
 
 
 def test_the_engine_answers_by_the_kernels_and_tells_of_them(engine_on: Callable[..., Any]) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
     engine = engine_on()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would plan anew for each length of a prompt
     info = engine.info()
     assert (info.kernel, info.reason) == ("sm_86", "reasons.card_float16")
     assert (info.context_room, info.layers) == (512, ("cuda:0",) * 28)

@@ -76,6 +76,16 @@ def test_the_oldest_rounds_are_offered_and_leaving_them_out_helps(world: World) 
     assert reply.usage.prompt_tokens + 256 <= found.room
 
 
+def test_the_offer_counts_the_rounds_as_the_line_and_the_note_do(world: World) -> None:
+    """max_length alone leaves out some of so many; that is no reason to tell of fewer."""
+    here = said(world, 30)
+    found = outlook(world, here, "hello")
+    left = world.service.room_left(here)
+    assert left is not None
+    world.service.send(here, "hello")
+    assert world.answer(here).left_out == found.rounds_to_leave_out == left.for_room
+
+
 def test_a_shorter_reply_is_offered_and_leaves_nothing_out(world: World) -> None:
     here = said(world, 8)
     found = outlook(world, here, "hello")

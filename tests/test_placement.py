@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from glmui.engine import device as devices
 from glmui.engine.chatglm_api import ChatGLM
 from glmui.engine.placement import DeviceMap, Placement, device_map, placement
 from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import load_model
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import GIB, PIECE, Machine, Wish, plan
+from glmui.memory.plan import CUDA_CONTEXT, GIB, PIECE, Machine, Wish, plan
 from glmui.memory.published import SHAPES
 from glmui.types import EngineSpec
 
@@ -136,7 +137,7 @@ def test_a_missing_card_is_said(device: str, cards: Callable[..., None]) -> None
             continue
         with pytest.raises(InvalidInput) as caught:
             placement(replace(SPEC, device=device), FULL)
-        assert caught.value.code == "device_missing"
+        assert caught.value.code == ("no_card_for_layers" if device == "mixed" else "device_missing")
 
 
 def test_layers_beside_a_card_compute_on_the_cpu(
@@ -181,3 +182,15 @@ def test_a_device_map_knows_weights_in_the_kernels_order(tiny_chatglm: Callable[
     lm = ChatGLM.from_pretrained(tiny_chatglm("int4"), device="cpu")
     assert set(lm.device_map.values()) == {"cpu"}
     assert "MB" in str(lm.device_map)
+
+
+def test_the_context_that_asking_opens_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The app reads what is free before there is one, and promises by that."""
+    before, total = 5_950_000_000, 6 * GIB
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    free = (before - CUDA_CONTEXT // 2, total - 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card], total))
+    assert devices.free_on_cards() == (before, total)
+    size = ModelSize.of(SHAPES["chatglm-6b-int4"])
+    assert plan(size, Machine(devices.free_on_cards()[:1], 16 * GIB), Wish()).layers_on_card == 28

@@ -259,6 +259,11 @@ def test_the_command_says_what_is_short_and_what_to_do(
     code, said = command(capsys, tmp_path, "--model", "chatglm-6b-int4", "--vram", "0", "--ram", "4")
     assert code == 1
     assert "from the disk" in said
+    assert "RAM: " in said
+    code, said = command(capsys, tmp_path, *five[:2], "--vram", "4", "--layers-on-gpu", "28")
+    assert code == 1
+    assert "--device auto: 16 of 28" in said
+    assert "cuda:0: 1.6" in said
     code, said = command(capsys, tmp_path, *five, "--layers-on-gpu", "3")
     assert "3 of 28" in said
 
@@ -267,11 +272,12 @@ def test_the_command_says_what_is_short_and_what_to_do(
     ("flags", "word"),
     [
         (("--model", "nobody"), "chatglm3-6b-int4"),
+        (("--model", "echo"), "chatglm3-6b-int4"),
         (("--model", "chatglm-6b", "--vram", "nan"), "--vram"),
         (("--model", "chatglm-6b", "--context", "3"), "--context"),
         (("--model", "chatglm-6b", "--layers-on-gpu", "-1"), "--layers-on-gpu"),
         (("--model", "chatglm-6b", "--vram-reserve-gb", "-1"), "--vram-reserve-gb"),
-        (("--model", "chatglm-6b", "--vram", "0", "--layers-on-gpu", "2"), "mixed"),
+        (("--model", "chatglm-6b", "--vram", "0", "--layers-on-gpu", "2"), "no graphics card"),
         (("--model", "chatglm-6b", "--vram", "6", "--device", "cuda:3"), "cuda:3"),
         ((), "--model"),
     ],

@@ -108,7 +108,7 @@ def test_versions_are_shown_where_there_are_several() -> None:
 
 def test_a_model_that_memory_has_cut_down_shows_it() -> None:
     chip = present.engine(EngineInfo(state="ready", reason="reasons.memory_cpu"), "m", 0, "en")
-    assert "unload the model" in chip.partition("<p")[2]
+    assert "free the card" in chip.partition("<p")[2]
 
 
 def test_the_chip_names_model_state_and_reason() -> None:

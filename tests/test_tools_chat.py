@@ -133,7 +133,7 @@ def test_old_rounds_make_room_where_memory_has_none_and_it_is_said() -> None:
     engine.room = 100
     converse(chat_with(engine), Terminal("en", out), typed("a " * 20, "b " * 20, "stop"))
     assert [message.content.split()[0] for message in engine.asked[1]] == ["b"]
-    assert "1 earlier rounds were left out" in out.getvalue()
+    assert "the oldest round was left out" in out.getvalue()
 
 
 def test_what_goes_wrong_ends_the_round_alone() -> None:
@@ -143,6 +143,18 @@ def test_what_goes_wrong_ends_the_round_alone() -> None:
     assert "only 63 fit" in out.getvalue()
     assert out.getvalue().endswith("fine \n")
     assert [message.content for message in engine.asked[-1]] == ["fine"]
+
+
+def test_what_broke_a_reply_is_said_on_a_line_of_its_own() -> None:
+    def between() -> None:
+        if "half" in out.getvalue():
+            raise EngineError("internal", detail="on purpose")
+
+    out = io.StringIO()
+    converse(chat_with(Repeater(between)), Terminal("en", out), typed("half a reply"))
+    last, said = out.getvalue().splitlines()[-2:]
+    assert last == "half "
+    assert "on purpose" in said
 
 
 def test_one_prompt_that_is_too_long_is_an_error() -> None:

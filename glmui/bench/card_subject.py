@@ -30,7 +30,8 @@ from glmui.quant.on_card import CardLinear
 from glmui.quant.packing import dequantise
 
 _PREFILL_SECONDS = 20.0
-_COPIED = 128 << 20  # bytes: more than any card's L2 cache, and little beside a model
+# Bytes: more than any card's L2 cache, and little beside a model; on a card that is full all the same, less.
+_COPIED = (128 << 20, 32 << 20)
 
 
 class CardSubject(GLMSubject):
@@ -70,7 +71,10 @@ class CardSubject(GLMSubject):
         tokens = PUBLISHED[what]
         with published_way(self._model):
             if what == "decode":
-                return decode_rate(self._in_room(GLMRows, self._model, self._prompt(tokens), 1))
+                rate: float = self._in_room(
+                    lambda: decode_rate(GLMRows(self._model, self._prompt(tokens), 1))
+                )
+                return rate
             return median_of(lambda: self._in_room(prefill_rate, self, tokens), _PREFILL_SECONDS)
 
     def _in_room(self, take: Any, *arguments: Any) -> Any:
@@ -126,9 +130,8 @@ def published_way(model: AnyModel) -> Iterator[None]:
 
 def copy_gb_s(device: str, copies: int = 5) -> float:
     """How fast the card copies memory, bytes read and written counted, the best of several copies: what no
-    decoding can be faster than."""
-    source = torch.empty(_COPIED, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    decoding can be faster than. Raises NotMeasured where there is no memory for it."""
+    source, target = _to_copy(device)
     seconds = []
     for _ in range(copies + 1):  # the first wakes the card up
         torch.cuda.synchronize(device)
@@ -137,7 +140,17 @@ def copy_gb_s(device: str, copies: int = 5) -> float:
             target.copy_(source)
         torch.cuda.synchronize(device)
         seconds.append((time.perf_counter() - began) / 8)
-    return 2 * _COPIED / min(seconds[1:]) / 1e9
+    return 2 * source.numel() / min(seconds[1:]) / 1e9
+
+
+def _to_copy(device: str) -> tuple[Tensor, Tensor]:
+    for size in _COPIED:
+        try:
+            source = torch.empty(size, dtype=torch.uint8, device=device)
+            return source, torch.empty_like(source)
+        except torch.OutOfMemoryError:
+            continue
+    raise NotMeasured("card_memory")
 
 
 def cuda_context(device: str) -> int | None:

@@ -7,6 +7,7 @@ the model's memory.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from glmui.bench.figures import Figures, Subject
+from glmui.bench.figures import Figures, NotMeasured, Subject
 from glmui.engine.device import resolve_device
 from glmui.engine.families import family_of, open_family
 from glmui.engine.wire import Wire
@@ -108,7 +109,8 @@ def _measure_card(engine: ChatEngine, wire: Wire) -> None:
     device = engine.info().device
 
     def probe() -> None:
-        wire.send("limit", gb_s=copy_gb_s(device))
+        with contextlib.suppress(NotMeasured):
+            wire.send("limit", gb_s=copy_gb_s(device))
 
     Figures(subject_of(engine), engine.info(), wire.send, probe).take()
     wire.send("vram", cuda_context=cuda_context(device))

@@ -15,7 +15,6 @@ from glmui.engine.generate import Decoder
 from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import AnyModel
 from glmui.glm.config import GLMConfig
-from glmui.glm.model import ChatGLMModel
 from glmui.quant.fast import KernelLinear
 from glmui.text.chatglm2 import GMASK, SOP
 
@@ -143,8 +142,8 @@ def packed_weights(model: nn.Module) -> Iterator[Tensor]:
 def embedding_unread(model: AnyModel) -> Tensor | None:
     """The embedding's table where the output head has one of its own."""
     table: Tensor = model.get_submodule(model.EMBEDDING).get_parameter("weight")
-    is_tied = isinstance(model, ChatGLMModel) and not isinstance(model.lm_head, KernelLinear)
-    return None if is_tied else table
+    head = model.get_submodule(model.HEAD)
+    return None if getattr(head, "weight", None) is table else table
 
 
 def weights_read(model: Any) -> int:

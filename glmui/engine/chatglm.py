@@ -86,6 +86,8 @@ def _open_cards(where: Placement, folder: str, on_progress: Callable[[Progress],
     """The kernels of the cards that the model is to use, whose memory is bounded from here on."""
     if where.plan is None:
         return cards.Cards({})
+    # cuDNN's attention, which torch prefers on the newest cards, is planned anew for each length of a prompt.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     cards.limit_memory(where.plan)
     return cards.open_cards(where.layers, kernel_folder(folder), on_progress)
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import psutil
 
 from glmui.errors import InvalidInput
+from glmui.memory.plan import CUDA_CONTEXT
 
 if TYPE_CHECKING:
     import torch
 
 _SMALL = 1_000_000_000  # bytes of weights up to which float32 on a CPU costs nobody anything
+_OPENED = CUDA_CONTEXT // 2  # bytes that a context takes before anything is computed in it
 _ROOM = 0.7  # part of the free memory that float32 weights may take
 
 
@@ -55,11 +57,15 @@ def available_devices() -> list[str]:
 
 
 def free_on_cards() -> tuple[int, ...]:
-    """Free bytes of each card that torch can use, () without one."""
+    """Bytes of each card that torch can use and others leave free, () without one.
+
+    To ask opens a CUDA context there, which is ours: plans count it, as the app does before there is any.
+    """
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return tuple(torch.cuda.mem_get_info(card)[0] for card in range(count))
+    found = (torch.cuda.mem_get_info(card) for card in range(count))
+    return tuple(min(total, free + _OPENED) for free, total in found)
 
 
 def resolve_device(wish: str, available: list[str] | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 
-from glmui import i18n, prompts
+from glmui import notes, prompts
 from glmui.engine.sampling import Sampler, blank_where_broken, make_generator, refuse_broken
 from glmui.text import chatglm2, chatglms
 from glmui.text.chatglm import ChatGLMTokenizer
@@ -207,8 +207,8 @@ def fitting(
     """The prompt of as many rounds as leave room for a reply, with a warning where some are left out."""
     budget = max(1, int(wish.max_length * (1 - prompts.REPLY_SHARE)))
     kept = prompts.fit(messages, lambda m: len(prompt_ids(m)), budget, hard_limit=wish.max_length - 1)
-    if kept.left_out:
-        warnings.warn(i18n.text("en", "notes.left_out", rounds=kept.left_out), stacklevel=5)
+    for words in notes.words(notes.left_out(kept.left_out), "en"):
+        warnings.warn(words, stacklevel=5)
     return prompt_ids(kept.messages)
 
 

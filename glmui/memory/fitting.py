@@ -24,10 +24,19 @@ def context_of(size: ModelSize, found: Plan, most: int) -> int:
 
 
 def context_that_fits(size: ModelSize, machine: Machine, wish: Wish) -> int:
-    """The most tokens, up to those wished for, that any plan has room for; 0 for none."""
-    return longest(
+    """The most tokens, up to those wished for, that any plan has room for; 0 for no conversation."""
+    most = longest(
         lambda context: not plan(size, machine, replace(wish, context=context)).short, wish.context
     )
+    return most if most >= LEAST_ROOM else 0
+
+
+def layers_that_fit(size: ModelSize, found: Plan) -> int:
+    """How many the cards hold, where more were asked onto them; 0 where something else is short."""
+    if not set(found.short) - {CPU}:
+        return 0
+    free = plan(size, found.machine, replace(found.wish, device="mixed", layers_on_card=None, piece=0))
+    return 0 if free.short else free.layers_on_card
 
 
 def lighter(size: ModelSize, found: Plan) -> Wish | None:

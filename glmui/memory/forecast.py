@@ -14,7 +14,7 @@ from typing import Any
 from glmui import i18n
 from glmui.engine.model_folder import describe
 from glmui.glm.config import read_config
-from glmui.memory.fitting import context_that_fits, lighter, room, wish_of
+from glmui.memory.fitting import context_that_fits, layers_that_fit, lighter, room, wish_of
 from glmui.memory.model_size import CPU, ModelSize
 from glmui.memory.plan import CUDA_CONTEXT, Machine, Plan, Wish, plan, program_bytes
 from glmui.memory.pretended import pretended
@@ -137,7 +137,7 @@ def explain(found: Plan, size: ModelSize, language: str) -> Explanation:
 
     on_card = found.layers_on_card
     count = {"on_card": on_card, "on_cpu": size.layers - on_card, "layers": size.layers}
-    sentence = say(found.reason, **count, context=found.wish.context)
+    sentence = say(found.reason, **count, context=f"{found.wish.context:,}")
     advice = _advice(found, size, say)
     notes = (*_notes(found, say), *([advice] if advice else []))
     return Explanation(sentence, tuple(_rows(found, size, say)), notes, advice)
@@ -165,7 +165,7 @@ def _notes(found: Plan, say: Say) -> Iterator[str]:
         key = "card" if device != CPU else "ram_mapped" if found.mapped else "ram"
         yield say(key, device=device, gb=_gb(need), cuda=CUDA_CONTEXT / 1e9, mapped=_gb(found.mapped))
     for device, missing in found.short.items():
-        yield say("short", device=device.upper(), gb=_gb(missing))
+        yield say("short_ram" if device == CPU else "short", device=device, gb=_gb(missing))
 
 
 def _advice(found: Plan, size: ModelSize, say: Say) -> str:
@@ -175,6 +175,8 @@ def _advice(found: Plan, size: ModelSize, say: Say) -> str:
         return say(_sacrifice(less, found.wish), layers=size.layers) if less else ""
     if fits := context_that_fits(size, found.machine, found.wish):
         return say("shorter_context", context=fits)
+    if most := layers_that_fit(size, found):
+        return say("fewer_layers", most=most, layers=size.layers)
     if set(found.short) == {CPU} and found.short[CPU] <= found.mapped:
         return say("from_disk")
     return say("smaller_model" if size.bits > 4 else "close_programs")

@@ -141,7 +141,9 @@ class ModelSize:
         mask = rows * context * (1 if device == CPU else self.heads // self.kv_heads)
         kept = _CACHE_BYTES.get(cache) or size
         widened = 2 * context * self.kv_width * size if kept != size else 0  # what was kept
-        attention = widened + size * (mask + 5 * rows * self.width)  # the bools as numbers, to be added
+        # the bools as numbers, to be added; a card's kernel wants rows of a multiple of 8, so a copy of them
+        masks = mask if device == CPU else 2 * mask
+        attention = widened + size * (masks + 5 * rows * self.width)
         inner = 2 if self.bits == 16 else 3  # torch's way with quantised weights puts the columns in order
         mlp = size * rows * (inner * self.inner + 4 * self.width)
         return mask + max(attention, mlp)

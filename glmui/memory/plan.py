@@ -108,7 +108,7 @@ class Plan:
 def plan(size: ModelSize, machine: Machine, wish: Wish) -> Plan:
     """The fastest way to hold the model, and what it is short of where it does not fit.
 
-    Raises InvalidInput("device_missing") for a card that is not there.
+    Raises InvalidInput for a card that is not there: "device_missing", or "no_card_for_layers" for "mixed".
     """
     pieces = (wish.piece,) if wish.piece else PIECES
     return max((_with_piece(size, machine, replace(wish, piece=piece)) for piece in pieces), key=_merit)
@@ -141,6 +141,8 @@ def _cards(machine: Machine, wish: Wish) -> list[str]:
         return names[:1] if wish.device == "cuda" else names
     if wish.device in names:
         return [wish.device]
+    if wish.device == "mixed":
+        raise InvalidInput("no_card_for_layers")
     raise InvalidInput("device_missing", device=wish.device, available=", ".join([*names, CPU]))
 
 

@@ -13,9 +13,10 @@ from glmui.quant.linear import QuantizedLinear
 from glmui.quant.mapped import release
 from glmui.quant.packing import quantise, rows_of
 
-# Bytes on each card to widen weights into: half of ChatGLM-6B's largest matrix.
+# Bytes on each card to widen weights into: half of ChatGLM-6B's largest matrix, on a card with 6 GB. A larger
+# one gives as large a part of its memory, for its many processors are busy with a whole matrix only.
 SCRATCH = 64 << 20
-_HALVES = (torch.float16, torch.bfloat16)
+_PART = 96
 
 
 class Scratch:
@@ -34,8 +35,8 @@ class CardLinear(QuantizedLinear):
     """A QuantizedLinear on a card: same tensors, other arithmetic.
 
     A few rows of x are multiplied by a kernel that reads the weight as it is stored. Of a weight that many
-    rows are to meet a slice is widened, multiplied by the card's own matrix product, and forgotten. float32
-    is computed as a QuantizedLinear does it.
+    rows are to meet a slice is widened, multiplied by the card's own matrix product, and forgotten. What
+    there are no kernels for, such as float32, is computed as a QuantizedLinear does it.
     """
 
     def __init__(self, layer: QuantizedLinear, kernels: CardKernels, scratch: Scratch) -> None:
@@ -47,7 +48,7 @@ class CardLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] in x's dtype."""
-        if x.dtype not in _HALVES:
+        if not self.kernels.takes(x.dtype):
             return super().forward(x)
         if x.shape[:-1].numel() > MOST_ROWS:
             return self._in_slices(x)
@@ -55,14 +56,24 @@ class CardLinear(QuantizedLinear):
 
     def _in_slices(self, x: Tensor) -> Tensor:
         room = self._scratch.rows(self.in_features, x.dtype)
-        out = x.new_empty(*x.shape[:-1], self.out_features)
+        if len(room) >= self.out_features:
+            return F.linear(x, self._widened(slice(0, self.out_features), room), self.bias)
+        flat = x.reshape(-1, self.in_features)
+        out = flat.new_empty(len(flat), self.out_features)
         for first in range(0, self.out_features, len(room)):
             rows = slice(first, first + len(room))
-            weight = self.weight[rows]
-            widened = room[: len(weight)]
-            self.kernels.widen(weight, self.weight_scale[rows], self.weight_bit_width, widened)
-            out[..., rows] = F.linear(x, widened, None if self.bias is None else self.bias[rows])
-        return out
+            columns = self._widened(rows, room).T
+            if self.bias is None:
+                torch.mm(flat, columns, out=out[:, rows])  # straight to its place: no copy
+            else:
+                torch.addmm(self.bias[rows], flat, columns, out=out[:, rows])
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _widened(self, rows: slice, room: Tensor) -> Tensor:
+        weight = self.weight[rows]
+        widened = room[: len(weight)]
+        self.kernels.widen(weight, self.weight_scale[rows], self.weight_bit_width, widened)
+        return widened
 
 
 def use_card_kernels(model: nn.Module, kernels: Mapping[torch.device, CardKernels]) -> None:
@@ -74,17 +85,26 @@ def use_card_kernels(model: nn.Module, kernels: Mapping[torch.device, CardKernel
             if isinstance(layer, QuantizedLinear) and layer.weight.device == device and is_computable(layer)
         }
         if mine:
-            scratch = Scratch(scratch_bytes(*mine.values()), device)
+            scratch = Scratch(scratch_bytes(*mine.values(), most=scratch_on(device)), device)
         for name, layer in mine.items():
             model.set_submodule(name, CardLinear(layer, found, scratch))
 
 
-def scratch_bytes(*layers: QuantizedLinear) -> int:
-    """What these layers need to widen a slice, or a whole matrix where that is wished for."""
+def scratch_on(device: torch.device) -> int:
+    """Bytes of a card to widen weights into, of what torch may take there."""
+    if device.type != "cuda":
+        return SCRATCH
+    total = torch.cuda.get_device_properties(device).total_memory
+    part = int(total * torch.cuda.get_per_process_memory_fraction(device)) // _PART
+    return max(SCRATCH, min(part, 4 * SCRATCH))  # no block's matrix is larger, and a head meets few rows
+
+
+def scratch_bytes(*layers: QuantizedLinear, most: int = SCRATCH) -> int:
+    """What these layers need to widen a slice of `most` bytes, or a whole matrix where that is wished for."""
     rows = [2 * layer.in_features for layer in layers]
     whole = [2 * layer.in_features * layer.out_features for layer in layers]
     wished = any(layer.whole for layer in layers)
-    return max(whole, default=0) if wished else max(min(SCRATCH, max(whole, default=0)), max(rows, default=0))
+    return max(whole, default=0) if wished else max(min(most, max(whole, default=0)), max(rows, default=0))
 
 
 def is_computable(layer: QuantizedLinear) -> bool:

@@ -18,7 +18,7 @@ from glmui.tools.bench_results import missing_lines, table
 from glmui.tools.chat import Terminal, find_model
 from glmui.tools.measuring import take
 
-_MOST_GIB = 65536
+_LEAST_GIB, _MOST_GIB = 0.1, 65536
 _PREFIX = "bench-"  # of folders in the data folder that are gone in the end
 
 
@@ -59,8 +59,8 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
 
 
 def _bytes(cap: float | None) -> int:
-    if cap is not None and not 0 < cap <= _MOST_GIB:  # NaN is neither
-        raise InvalidInput("out_of_bounds", name="--vram-cap", value=cap, low=0, high=_MOST_GIB)
+    if cap is not None and not _LEAST_GIB <= cap <= _MOST_GIB:  # NaN is neither
+        raise InvalidInput("out_of_bounds", name="--vram-cap", value=cap, low=_LEAST_GIB, high=_MOST_GIB)
     return int((cap or 0) * GIB)
 
 

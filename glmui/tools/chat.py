@@ -51,7 +51,9 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
         if wish.prompt is None:
             converse(chat, terminal)
         else:
-            answer_once(chat, wish.prompt, terminal, wish.as_json)
+            last = answer_once(chat, wish.prompt, terminal, wish.as_json)
+            for words in notes.words(last.note, language):
+                print(words, file=sys.stderr)
     finally:
         engine.close()
     return 0
@@ -83,7 +85,7 @@ class Chat:
         info = self._engine.info()
         limits = prompts.Limits(info.context_length, info.context_room)
         prompt = prompts.compose([*self._said, Message("user", text)], self._settings, self._count, limits)
-        left_out = notes.note("left_out", rounds=prompt.left_out) if prompt.left_out else ""
+        left_out = notes.left_out(prompt.left_out)
         self._running, answer = uuid.uuid4().hex, ""
         params = limits.bounded(self._settings.params)
         try:
@@ -157,12 +159,16 @@ class Terminal:
 def answer_once(chat: Chat, prompt: str, terminal: Terminal, as_json: bool = False) -> Chunk:
     """Print one reply as it comes, or as one JSON object at its end; its last chunk."""
     began, text, last = time.monotonic(), "", Chunk()
-    for last in chat.ask(prompt):
-        text += last.text
-        if last.progress:
-            terminal.show(last.progress)
-        elif not as_json:
-            terminal.write(last.text)
+    try:
+        for last in chat.ask(prompt):
+            text += last.text
+            if last.progress:
+                terminal.show(last.progress)
+            elif not as_json:
+                terminal.write(last.text)
+    except GlmuiError:
+        terminal.write("\n" if text and not as_json else "")  # what is said of it gets a line of its own
+        raise
     terminal.write(_as_json(text, last, time.monotonic() - began) if as_json else "\n")
     return last
 
@@ -198,7 +204,7 @@ def _answer_on(chat: Chat, line: str, terminal: Terminal) -> None:
     try:
         last = answer_once(chat, line, terminal)
     except GlmuiError as error:
-        terminal.write(f"\n{error.message(terminal.language)}\n")
+        terminal.write(f"{error.message(terminal.language)}\n")
     else:
         for words in notes.words(last.note, terminal.language):
             terminal.write(words + "\n")

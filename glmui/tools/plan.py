@@ -50,13 +50,12 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
 
 def _config(name: str, settings: Settings) -> AnyConfig:
     """A model's config: of its folder, or where there is none, of a published one by that name."""
-    try:
-        folder = installed.resolve(name, settings.data_dir)
-    except NotFound:
-        if name in SHAPES:
-            return SHAPES[name]
-        raise InvalidInput("plan_model_unknown", model=name, names=", ".join(SHAPES)) from None
-    return read_config(folder, settings.chatglm_family)
+    with contextlib.suppress(NotFound):
+        if (folder := installed.resolve(name, settings.data_dir)).is_dir():  # the scripted engine has none
+            return read_config(folder, settings.chatglm_family)
+    if name in SHAPES:
+        return SHAPES[name]
+    raise InvalidInput("plan_model_unknown", model=name, names=", ".join(SHAPES))
 
 
 def _machine(wish: Wish) -> Machine:

@@ -85,7 +85,9 @@ class Memory:
         """As it is: what is free has changed since it was loaded, its layers have not."""
         if info.layers:
             on_cards = sum(device != CPU for device in info.layers)
-            spec = replace(spec, device="mixed" if on_cards else CPU, layers_on_gpu=on_cards)
+            context = min(spec.context, info.context_room or spec.context)  # no more is kept
+            device = "mixed" if on_cards else CPU
+            spec = replace(spec, device=device, layers_on_gpu=on_cards, context=context)
         found = self._service.foresee(spec)
         return Prospect(found, held=info) if found else None
 

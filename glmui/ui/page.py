@@ -161,7 +161,12 @@ class _Wiring:
         do, ours, memory = self.do, self.settings, self.settings.memory
         layers = ours.layers
         layers.slider.input(
-            do.memory.predict, layers.slider, [layers.fit, *layers.told], trigger_mode="always_last", **QUICK
+            do.memory.predict,
+            layers.slider,
+            [layers.fit, *layers.told],
+            trigger_mode="always_last",
+            preprocess=False,
+            **QUICK,
         )
         kept = [
             layers.slider.release(
@@ -172,7 +177,9 @@ class _Wiring:
                 preprocess=False,
                 **ACT,
             ),
-            layers.fit.input(do.keep_layers, [layers.slider, layers.fit], layers.slider, **ACT),
+            layers.fit.input(
+                do.keep_layers, [layers.slider, layers.fit], layers.slider, preprocess=False, **ACT
+            ),
             *(
                 changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
                 for name, control, changed in (
@@ -212,6 +219,7 @@ class _Wiring:
                 ours.prefix, ours.adapter, *ours.layers.controls, *ours.memory.controls,
                 models.shelf, self.welcome.ways, models.seen, *ours.layers.told,
             ],
+            "preprocess": False,  # the slider's number may be empty for a moment
             **QUICK,
         }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 from glmui import errors, i18n
 from glmui.jobs import Job
 from glmui.meter import Reading
+from glmui.notes import left_out
 from glmui.notes import words as notes_words
 from glmui.store import Conversation, StoredMessage
 from glmui.types import EngineInfo, Progress
@@ -67,9 +68,7 @@ def _message(message: StoredMessage, live: Job | None, language: str) -> dict[st
 def footnotes(message: StoredMessage, language: str) -> list[str]:
     """What must be said under a saved reply: why it ended early, what was left out before it."""
     say = partial(i18n.text, language)
-    notes = []
-    if message.left_out:
-        notes.append(say("notes.left_out", rounds=message.left_out))
+    notes = notes_words(left_out(message.left_out), language)
     if message.error:
         notes.append(f"⚠ {errors.from_values(*message.error).message(language)}")
     elif message.state in ("stopped", "interrupted"):

@@ -49,6 +49,16 @@ class CardKernels:
         self.name = name
         self._module = module
         self._functions: dict[str, Function] = {}
+        self._taken: dict[torch.dtype, bool] = {}
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether there are kernels that compute with such numbers: before 8.0 none do with bfloat16."""
+        if dtype not in self._taken:
+            try:
+                self._taken[dtype] = bool(self._function("widen_any", dtype))
+            except KeyError:
+                self._taken[dtype] = False
+        return self._taken[dtype]
 
     def linear(
         self, x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None
@@ -113,11 +123,14 @@ class CardKernels:
         self, name: str, like: Tensor, grid: Size, block: Size, shared: int, *arguments: Tensor | int | None
     ) -> None:
         """Start a kernel in the form for the dtype of `like`."""
-        name = f"{name}_{_ENDINGS[like.dtype]}"
+        self._function(name, like.dtype)(grid, block, shared, [_argument(each) for each in arguments])
+
+    def _function(self, name: str, dtype: torch.dtype) -> Function:
+        name = f"{name}_{_ENDINGS[dtype]}"
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = self._module.function(name)
-        function(grid, block, shared, [_argument(each) for each in arguments])
+        return function
 
 
 @dataclass(frozen=True, slots=True)
