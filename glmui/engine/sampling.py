@@ -36,10 +36,20 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the likeliest ids that reach p together, at least one; ties are cut in sort order."""
-    ascending, order = torch.sort(logits, dim=-1)
+    ascending, order = _ascending(logits)
     out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     out[..., -1] = False
-    return logits.masked_fill(out.scatter(-1, order, out), _OUT)
+    everything = torch.ones_like(logits, dtype=torch.bool)
+    return logits.masked_fill(everything.scatter_(-1, order, out), _OUT)
+
+
+def _ascending(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and their ids, the best one last; where top-k has left but a few of them, those alone."""
+    left = int((logits > _OUT).sum(dim=-1).max())
+    if left > logits.shape[-1] // 16:
+        return torch.sort(logits, dim=-1)
+    best, order = torch.topk(logits, max(left, 1), dim=-1)
+    return best.flip(-1), order.flip(-1)
 
 
 def blank_where_broken(logits: Tensor, blank_id: int) -> Tensor:
