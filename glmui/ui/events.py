@@ -157,9 +157,12 @@ class Events:
                 after = (*await asyncio.to_thread(self._view, view), view.stamp)
                 if not self.desk.is_followed_by(tab, view.follower):
                     return
-                yield tuple(
+                news = [
                     gr.skip() if i < len(before) and before[i] == new else new for i, new in enumerate(after)
-                )
+                ]
+                # The stamp goes with every view: one that a browser takes up after another conversation's
+                # is known by it, and put right at the next tick.
+                yield *news[:-1], view.stamp
                 before = after
         except GlmuiError as error:
             raise gr.Error(error.message(self.language), print_exception=False) from None
