@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,12 @@ from tests.chatglm_fixture import published_chatglm, tiny_chatglm  # noqa: E402
 from tests.starter_fixture import starter_data  # noqa: E402
 
 __all__ = ["published_chatglm", "published_chatglm2", "starter_data", "tiny_chatglm", "tiny_chatglm2"]
+
+
+def pytest_sessionstart() -> None:
+    """Ctrl+C ends programs that tests start, also where the tests run in a script's background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -149,7 +149,14 @@ def wait_until_done(page: Page) -> None:
     expect(page.locator("#status .busy")).to_have_count(0, timeout=PATIENCE)
 
 
-def use_model(page: Page, name: str) -> None:
-    page.locator("#folder textarea, #folder input").fill(name)
+def use_folder(page: Page, name: str) -> None:
+    box = page.locator("#folder textarea, #folder input")
+    if not box.is_visible():
+        page.locator("#other > button").click()
+    box.fill(name)
     page.locator("#use-folder").click()
+
+
+def use_model(page: Page, name: str) -> None:
+    use_folder(page, name)
     expect(page.locator("#engine .chip")).to_contain_text(Path(name).name, timeout=PATIENCE)

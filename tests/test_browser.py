@@ -27,6 +27,7 @@ from tests.running_app import (
     page_context,
     running_app,
     say,
+    use_folder,
     use_model,
     wait_for_text,
     wait_until_done,
@@ -447,8 +448,7 @@ def test_regenerate_keeps_versions_to_leaf_through(context: BrowserContext, app:
 
 def test_a_wrong_folder_is_named(context: BrowserContext, app: App, tmp_path: Path) -> None:
     page = opened(context, app)
-    page.locator("#folder textarea, #folder input").fill(str(tmp_path))
-    page.locator("#use-folder").click()
+    use_folder(page, str(tmp_path))
     expect(page.locator(".toast-body")).to_contain_text("config.json", timeout=PATIENCE)
     expect(page.locator("#engine .chip")).to_contain_text("echo")
 

@@ -175,9 +175,14 @@ def one_line(text: str) -> str:
     return _CONTROLS.sub(" ", text).strip()
 
 
+# Markdown's headings, quotes, bold and code
+_MARKUP = re.compile(r"^(?:#{1,6}|>) +|(\*\*|`)(?=\S)([^*`]+)(?<=\S)\1")
+
+
 def title_from(text: str) -> str:
     """A title from the first line that says something: at most TITLE_LENGTH characters, whole words."""
     line = next((found for raw in text.splitlines() if (found := one_line(raw[:1000]))), "")
+    line = _MARKUP.sub(lambda mark: mark[2] or "", line)
     if len(line) <= TITLE_LENGTH:
         return line
     for cut in range(TITLE_LENGTH, TITLE_LENGTH // 2, -1):

@@ -68,8 +68,8 @@ class Events:
         model = gr.update(choices=self.desk.models(self.language), value=chosen.model or None)
         chatglm = gr.update(value=chosen.chatglm_family or None, visible=self.desk.choice.in_doubt())
         return (
-            model, chatglm, chosen.device, chosen.threads, chosen.quantize, chosen.idle_minutes,
-            chosen.prefix, chosen.adapter, *self.memory.controls(),
+            model, chatglm, chosen.device, chosen.prefix, chosen.adapter,
+            chosen.quantize, chosen.threads, chosen.idle_minutes, *self.memory.controls(),
         )  # fmt: skip
 
     @told

@@ -37,7 +37,14 @@ class MemoryArea:
     cache: gr.Dropdown
     head: gr.Dropdown
     reserve: gr.Number
+    quantize: gr.Dropdown
+    threads: gr.Number
     idle: gr.Number
+
+    @property
+    def engine(self) -> list[gr.Component]:
+        """What every model has, a plan or none."""
+        return [self.quantize, self.threads, self.idle]
 
     @property
     def controls(self) -> list[gr.Component]:
@@ -65,7 +72,7 @@ def build_layers(words: Words) -> LayersArea:
     return LayersArea(fit, slider, line, where, table)
 
 
-def build_memory(words: Words, has_card: bool) -> MemoryArea:
+def build_memory(words: Words, has_card: bool, cores: int) -> MemoryArea:
     with gr.Accordion(words("settings.memory_section"), open=False, elem_id="memory"):
         with gr.Column(visible=False) as planned:
             context = gr.Number(
@@ -97,7 +104,19 @@ def build_memory(words: Words, has_card: bool) -> MemoryArea:
                 visible=has_card,
                 elem_id="vram-reserve",
             )
+        quantize = gr.Dropdown(
+            label=words("settings.quantize"),
+            info=words("settings.quantize_info"),
+            choices=[(words(f"settings.quantize_{bits}"), bits) for bits in ("none", "int8", "int4")],
+        )
+        threads = gr.Number(
+            label=words("settings.threads"),
+            info=words("settings.threads_info", cores=cores),
+            precision=0,
+            minimum=0,
+            maximum=1024,
+        )
         idle = gr.Number(
             label=words("settings.idle"), info=words("settings.idle_info"), minimum=0, elem_id="idle"
         )
-    return MemoryArea(planned, context, cache, head, reserve, idle)
+    return MemoryArea(planned, context, cache, head, reserve, quantize, threads, idle)

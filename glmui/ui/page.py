@@ -143,12 +143,12 @@ class _Wiring:
         changes = [
             ("model", ours.model, ours.model.input),
             ("chatglm_family", ours.chatglm, ours.chatglm.input),
-            ("quantize", ours.quantize, ours.quantize.input),
+            ("quantize", ours.memory.quantize, ours.memory.quantize.input),
             ("prefix", ours.prefix, ours.prefix.blur),
             ("adapter", ours.adapter, ours.adapter.blur),
             ("prefix", ours.prefix, ours.prefix.submit),
             ("adapter", ours.adapter, ours.adapter.submit),
-            ("threads", ours.threads, ours.threads.blur),
+            ("threads", ours.memory.threads, ours.memory.threads.blur),
             ("idle_minutes", ours.memory.idle, ours.memory.idle.blur),
         ]
         for name, control, changed in changes:
@@ -215,8 +215,8 @@ class _Wiring:
             "outputs": [
                 side.meter, chat.chip, chat.room, self.pulse,
                 side.rows, self.seen, chat.banner, chat.thread, self.welcome.panel,
-                ours.model, ours.chatglm, ours.device, ours.threads, ours.quantize, ours.memory.idle,
-                ours.prefix, ours.adapter, *ours.layers.controls, *ours.memory.controls,
+                ours.model, ours.chatglm, ours.device, ours.prefix, ours.adapter,
+                *ours.memory.engine, *ours.layers.controls, *ours.memory.controls,
                 models.shelf, self.welcome.ways, models.seen, *ours.layers.told,
             ],
             "preprocess": False,  # the slider's number may be empty for a moment

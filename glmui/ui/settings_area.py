@@ -36,8 +36,6 @@ class SettingsArea:
     layers: memory_area.LayersArea
     unload: gr.Button
     freed: gr.HTML
-    threads: gr.Number
-    quantize: gr.Dropdown
     memory: memory_area.MemoryArea
     sliders: tuple[gr.Slider, ...]
     history: gr.Radio
@@ -88,10 +86,15 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             elem_id="manage",
             apply_default_css=False,
         )
-        folder = gr.Textbox(
-            label=words("settings.folder"), info=words("settings.folder_info"), max_lines=1, elem_id="folder"
-        )
-        use_folder = gr.Button(words("settings.use_folder"), size="sm", elem_id="use-folder")
+        with gr.Accordion(words("settings.folder"), open=False, elem_id="other"):
+            folder = gr.Textbox(
+                label=words("settings.folder"),
+                show_label=False,
+                info=words("settings.folder_info"),
+                max_lines=1,
+                elem_id="folder",
+            )
+            use_folder = gr.Button(words("settings.use_folder"), size="sm", elem_id="use-folder")
         chatglm = gr.Dropdown(
             label=words("settings.chatglm_family"),
             info=words("settings.chatglm_family_info"),
@@ -111,19 +114,7 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             words("settings.unload_card" if has_card else "settings.unload"), size="sm", elem_id="unload"
         )
         freed = gr.HTML('<div role="status"></div>', elem_id="freed")
-        threads = gr.Number(
-            label=words("settings.threads"),
-            info=words("settings.threads_info", cores=cores),
-            precision=0,
-            minimum=0,
-            maximum=1024,
-        )
-        quantize = gr.Dropdown(
-            label=words("settings.quantize"),
-            info=words("settings.quantize_info"),
-            choices=[(words(f"settings.quantize_{bits}"), bits) for bits in ("none", "int8", "int4")],
-        )
-    memory = memory_area.build_memory(words, has_card)
+    memory = memory_area.build_memory(words, has_card, cores)
     with gr.Accordion(words("settings.extras_section"), open=False):
         prefix, adapter = (
             gr.Textbox(
@@ -191,6 +182,6 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
         elem_id="looks",
     )
     return SettingsArea(
-        model, folder, use_folder, chatglm, prefix, adapter, device, layers, unload, freed, threads,
-        quantize, memory, sliders, history, rounds, tokens, system, reset,
+        model, folder, use_folder, chatglm, prefix, adapter, device, layers, unload, freed,
+        memory, sliders, history, rounds, tokens, system, reset,
     )  # fmt: skip
