@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the engine process
 
 import torch  # noqa: E402
 
-from glmui.engine.sampling import Sampler, keep_top_k, keep_top_p, make_generator  # noqa: E402
+from glmui.engine.sampling import Sampler, all_finite, draw, keep_top_k, keep_top_p, make_generator  # noqa: E402
 from glmui.types import GenerationParams  # noqa: E402
 
 
@@ -45,11 +45,11 @@ def main() -> None:
     sampler = Sampler(params, generator)
     parts: dict[str, Callable[[], object]] = {
         "the whole": lambda: sampler(logits, [[1]]),
-        "is it finite": lambda: bool(torch.isfinite(logits).all()),
+        "is it finite": lambda: bool(all_finite(logits)),
         "top-k": lambda: keep_top_k(logits, params.top_k),
         "top-p after top-k": lambda: keep_top_p(few, params.top_p),
         "top-p alone": lambda: keep_top_p(logits, params.top_p),
-        "the draw": lambda: torch.multinomial(few.softmax(-1), 1, generator=generator),
+        "the draw": lambda: draw(few.softmax(-1), generator),
     }
     for name, work in parts.items():
         print(f"{name:20}{milliseconds(work):6.2f} ms")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glmui.engine import card_step
-from glmui.engine.card_step import CardStep, Graph, can_step, record
+from glmui.engine.card_step import CardStep, Graph, can_step
 from glmui.engine.decoders import GLMDecoder, Held, decoder_of
 from glmui.glm.adapter import Adapter, attach
-from glmui.glm.cache import Prefix
+from glmui.glm.cache import KVCache, Prefix, Room
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.parts import Head
 from glmui.quant.kernels.cuda.block import BlockKernels
@@ -203,57 +201,6 @@ def test_an_embedding_that_stays_in_ram(load: Load, card: Card, family: str) -> 
     assert card.graphs.made[0].replays == 10
 
 
-def test_recording_warms_up_beside_and_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a card would be asked, as torch's notes on CUDA graphs have it."""
-    done: list[str] = []
-
-    @contextmanager
-    def within(name: str, *_: object, **__: object) -> Iterator[None]:
-        done.append(name)
-        yield
-        done.append(f"end of {name}")
-
-    class Stream:
-        made = 0
-
-        def __init__(self, device: torch.device | None = None, name: str = "side") -> None:
-            assert device is None or str(device) == "cuda:1"
-            Stream.made += device is not None
-            self.name = name
-
-        def wait_stream(self, other: Stream) -> None:
-            done.append(f"{self.name} waits for {other.name}")
-
-    def graph(*args: object, **kwargs: object) -> AbstractContextManager[None]:
-        inspect.signature(real_graph).bind(*args, **kwargs)
-        assert args == ("graph",)
-        assert kwargs["stream"].name == "side"
-        return within("graph")
-
-    real_graph = torch.cuda.graph
-    fakes = {
-        "device": lambda device: within(str(device)), "current_stream": lambda: Stream(name="ours"),
-        "Stream": Stream, "stream": lambda stream: within(stream.name),
-        "CUDAGraph": lambda: "graph", "graph": graph,
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-
-    def run() -> Tensor:
-        done.append("run")
-        return torch.tensor([done.count("run")])
-
-    card_step._beside.cache_clear()
-    assert record(run, torch.device("cuda:1")) == ("graph", 3)
-    assert done == [
-        "cuda:1", "side waits for ours", "side", "run", "run", "end of side", "ours waits for side",
-        "graph", "run", "end of graph", "end of cuda:1",
-    ]  # fmt: skip
-    record(run, torch.device("cuda:1"))
-    card_step._beside.cache_clear()
-    assert Stream.made == 1  # cuBLAS keeps memory for each that it ever met
-
-
 def test_without_graphs_launches_are_started_one_by_one(load: Load, card: Card) -> None:
     model, ids, tokens = load("chatglm"), prompt("chatglm", 20), list(range(10))
     tried = []
@@ -315,3 +262,68 @@ def test_which_models_it_is_made_for(load: Load, card: Card) -> None:
     assert can_step(model, card.block)
     model.get_submodule(f"{model.BLOCKS}.1").to("meta")
     assert not can_step(model, card.block)
+
+
+def test_memory_at_an_old_address_is_other_memory(
+    load: Load, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Growth that fails twice may bring the first layer back to where it was, with rows further apart."""
+    model, ids = load("chatglm2"), prompt("chatglm2", 20)
+    step = CardStep(model, card.block, card.graphs)
+    with torch.inference_mode():
+        layout, cache = model.layout(torch.tensor([ids])), model.new_cache(24)
+        model(torch.tensor([ids]), layout, cache)
+        first = move(cache, 0, torch.zeros(1 << 16).half())
+        step.logits(3, layout, cache)
+        grown = [torch.zeros(1 << 16).half(), first]
+
+        def fails_later(self: KVCache, change: object) -> NoReturn:
+            move(self, 0, grown.pop(0), self.capacity)
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(KVCache, "_replace", fails_later)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                cache.make_room(100)
+        cache.trim(len(ids))
+        found = step.logits(3, layout, cache)
+        plain = model.new_cache(24)
+        model(torch.tensor([ids]), layout, plain)
+        wanted = model(torch.tensor([[3]]), layout, plain)[0, -1]
+    assert cache.room(0).keys.data_ptr() == first.data_ptr()
+    assert distance(found[None].float(), wanted[None].float()) < 0.1
+
+
+def move(cache: KVCache, layer: int, memory: Tensor, capacity: int = 0) -> Tensor:
+    """Have a layer's keys lie at the beginning of this memory, with room for so many tokens; the memory."""
+    room = cache.room(layer)
+    _, groups, entries, size = room.keys.shape
+    shape = 1, groups, capacity or entries, size
+    keys = memory[: torch.Size(shape).numel()].view(shape)
+    keys[:, :, : cache.length] = room.keys[:, :, : cache.length].clone()
+    values = room.values.new_zeros(shape)
+    values[:, :, : cache.length] = room.values[:, :, : cache.length]
+    cache._put(layer, Room(keys, values, None, None, room.dtype))
+    return memory
+
+
+def test_a_card_is_made_the_current_one_once_a_token(
+    load: Load, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each of some hundred launches would do it, on every card but the first."""
+    done: list[str] = []
+
+    @contextmanager
+    def within(tensor: Tensor) -> Iterator[None]:
+        done.append("there")
+        yield
+        done.append("back")
+
+    def run_here(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Tensor]:
+        done.append("record")
+        return card.graphs(run, device)
+
+    model, ids = load("chatglm2"), prompt("chatglm2", 10)
+    monkeypatch.setattr(torch.cuda, "device_of", within)
+    reply(decoder_of(model, step=CardStep(model, card.block, run_here)), ids, [3, 4])
+    assert done == ["there", "record", "back", "there", "back"]

@@ -140,12 +140,14 @@ class World:
 
 
 GLM6B, GLM2, ODD = (2, 2, 16), (8, 2, 16), (6, 2, 40)  # query heads, heads of keys, head size
+REAL6B, REAL2 = (2, 2, 128), (8, 2, 128)  # of heads as large as in all published models
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "beside"), [(GLM6B, True), (GLM2, False), (ODD, False), ((2, 2, 128), True)]
+    ("shape", "beside"),
+    [(GLM6B, True), (GLM2, False), (ODD, False), (REAL6B, True), (REAL2, False)],
 )
 @pytest.mark.parametrize("tokens", [1, 67, 300])
 def test_attention_finds_what_float64_finds(
@@ -192,7 +194,7 @@ def test_attention_keeps_in_int8_what_torch_would(block: BlockKernels, dtype: to
     assert (world.room.keys[0, :, 8].int() - stored.int()).abs().max() <= 1  # a key is rounded before
 
 
-@pytest.mark.parametrize("shape", [GLM6B, GLM2])
+@pytest.mark.parametrize("shape", [GLM6B, GLM2, REAL6B, REAL2])
 @pytest.mark.parametrize("tokens", [63, 64, 65, 128, 129, 700])
 def test_splits_put_together_what_one_block_finds(
     block: BlockKernels, shape: tuple[int, int, int], tokens: int

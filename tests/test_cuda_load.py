@@ -162,11 +162,23 @@ def test_kernels_that_cannot_be_started_are_not_used(on_card: Any, trouble: Exce
     assert outcome(on_card(Tampered({"linear_4_1_half": refuse}))) == (False, False, "_wrong")
 
 
-def test_a_card_that_is_full_now_may_be_asked_again(on_card: Any, tmp_path: Path) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    DriverError("out of memory", 2),  # the driver's own, for a kernel's first start
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: not enough memory"),
+    MemoryError(),
+]
 
-    assert outcome(on_card(Tampered({"norm_half": full}))) == (False, False, "_not_loaded")
+
+@pytest.mark.parametrize("trouble", FULL, ids=lambda error: type(error).__name__)
+def test_a_card_that_is_full_now_may_be_asked_again(on_card: Any, tmp_path: Path, trouble: Exception) -> None:
+    def full(*_: object) -> None:
+        raise trouble
+
+    for kernel in ("widen_4_half",) if trouble is not FULL[0] else ("widen_4_half", "norm_half"):
+        assert outcome(on_card(Tampered({kernel: full}))) == (False, False, "_not_loaded")
     assert not diaries(tmp_path)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glmui.engine.generate import RepetitionWatch, Speaker, stream_reply
-from glmui.engine.sampling import make_generator
+from glmui.engine.generate import RepetitionWatch, Speaker, generate_ids, stream_reply
+from glmui.engine.sampling import Sampler, make_generator
 from glmui.errors import EngineError, InvalidInput
 from glmui.text.detokenise import StreamingDetokeniser
 from glmui.types import Chunk, GenerationParams, Progress
@@ -197,3 +197,25 @@ def test_a_seed_repeats_a_reply() -> None:
 
     assert roll(3) == roll(3) != roll(4)
     assert make_generator(3, "cpu").initial_seed() == 3
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_card_takes_the_next_step_while_an_id_is_read(ahead: bool) -> None:
+    """And no step that nobody needs: after a stop, or at the limit."""
+    for stops, limit, steps in ((True, 10, 2), (False, 2, 1)):
+        parrot, begun = Parrot("ab", stops), list[int]()
+        sampler = Sampler(GREEDY)
+        ids = []
+        for token in generate_ids(parrot, [1], sampler, limit, {STOP}, lambda: False, ahead=ahead):
+            ids.append(token)
+            begun.append(parrot.steps)
+        assert bytes(i for i in ids if i != STOP) == b"ab"
+        assert begun == [min(count + ahead, steps) for count in range(len(ids))]
+        assert parrot.steps == steps
+
+
+def test_a_card_too_is_stopped_before_the_next_id() -> None:
+    parrot, asked = Parrot("abc"), iter([False] * 6 + [True])  # five times in the prefill
+    ids = list(generate_ids(parrot, [1], Sampler(GREEDY), 9, {STOP}, lambda: next(asked), ahead=True))
+    assert bytes(ids) == b"a"
+    assert parrot.steps == 1  # the one that was begun

@@ -17,18 +17,22 @@ from torch import Tensor, nn
 from glmui.engine import cards, chatglm
 from glmui.engine.card_step import CardStep, can_step
 from glmui.engine.chatglm import open_chatglm
-from glmui.engine.decoders import Held, decoder_of
+from glmui.engine.decoders import ChatGLMDecoder, Held, decoder_of
+from glmui.engine.loaded import LoadedEngine
 from glmui.engine.placement import Placement
 from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import GLMConfig
+from glmui.memory import model_size
 from glmui.memory.model_size import ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, Wish, plan
+from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, PlanRequest, budget, plan
+from glmui.memory.published import SHAPES
 from glmui.quant import QuantizedLinear, quantize
 from glmui.quant.kernels.cuda import Loaded
 from glmui.quant.kernels.cuda.block import BlockKernels
 from glmui.quant.kernels.cuda.native import MOST_ROWS, CardKernels
 from glmui.quant.on_card import (
+    ROOMY,
     SCRATCH,
     CardLinear,
     head_in_int8,
@@ -169,7 +173,7 @@ def test_every_slice_lands_in_its_place(
 
 @pytest.mark.parametrize(
     ("total", "part", "wanted"),
-    [(6, 0.9, SCRATCH), (8, 1, 8 * GIB // 96), (80, 0.07, SCRATCH), (80, 1, 4 * SCRATCH)],
+    [(6, 0.9, SCRATCH), (8, 1, SCRATCH), (80, 0.07, SCRATCH), (12, 0.9, 4 * SCRATCH), (80, 1, 4 * SCRATCH)],
 )
 def test_a_large_card_gives_a_larger_scratch(
     monkeypatch: pytest.MonkeyPatch, total: int, part: float, wanted: int
@@ -184,6 +188,18 @@ def test_a_large_card_gives_a_larger_scratch(
         large = QuantizedLinear.of(nn.Linear(16384, 4096), 4)
         assert scratch_bytes(large, most=2**30) == 2 * 16384 * 4096
         assert scratch_bytes(large, most=wanted) == min(wanted, 2 * 16384 * 4096)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plans_count_the_scratch(name: str, bits: int) -> None:
+    """Or leave room for more of it, where more is taken, beside the longest context."""
+    size = ModelSize.of(SHAPES[name], bits)
+    context = PlanRequest("cuda", context=size.positions)
+    assert model_size._WIDENING == SCRATCH
+    roomy = Machine((ROOMY - cards._LOST + CUDA_CONTEXT + context.vram_reserve,), 32 * GIB)
+    found = plan(size, roomy, context)
+    assert found.vram - SCRATCH + 4 * SCRATCH <= budget(roomy, context, "cuda:0")
 
 
 class NoBfloat16(EmulatedModule):
@@ -285,7 +301,7 @@ def test_the_head_in_eight_bits_leaves_the_embedding_where_it_is(
 
 def planned(vram: int, reserve: int = 500_000_000) -> Plan:
     config = GLMConfig(130528, 4096, 16384, 28, 32, quantization_bit=4)
-    return plan(ModelSize.of(config), Machine((vram,), 16 * GIB), Wish("cuda", reserve=reserve))
+    return plan(ModelSize.of(config), Machine((vram,), 16 * GIB), PlanRequest("cuda", vram_reserve=reserve))
 
 
 @pytest.fixture
@@ -336,6 +352,37 @@ def test_the_engine_answers_by_the_kernels_and_tells_of_them(engine_on: Callable
     torch_alone = engine_on(found=NO_KERNELS)
     assert (torch_alone.info().kernel, torch_alone.info().reason) == ("", "reasons.card_kernels_old_card")
     assert text_of(engine) == text_of(torch_alone) != ""
+    assert (engine.speaker.ahead, torch_alone.speaker.ahead) == (True, False)
+
+
+def test_a_card_is_warm_before_anybody_asks(
+    engine_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tiny_chatglm: Callable[[str], Path]
+) -> None:
+    """A prompt of many rows and two tokens have gone through all that a first answer needs."""
+    steps: list[int] = []
+    inner = ChatGLMDecoder.step
+    monkeypatch.setattr(
+        ChatGLMDecoder, "step", lambda self, token: (steps.append(token), inner(self, token))[1]
+    )
+    warm = engine_on(found=NO_KERNELS)
+    assert len(steps) == 2
+    assert warm.speaker.decoder.cache.length > MOST_ROWS + 2
+    assert warm.speaker.decoder.cache.capacity == 512  # it took no memory beyond what was planned
+    monkeypatch.undo()
+    cold = open_chatglm(EngineSpec("tiny", str(tiny_chatglm("int4")), device="cpu"), lambda progress: None)
+    assert isinstance(cold, LoadedEngine)
+    assert cold.speaker is not None
+    assert cold.speaker.decoder.cache.length == 0  # type: ignore[attr-defined]
+
+
+def test_a_cache_that_kernels_do_not_take_is_told(engine_on: Callable[..., Any]) -> None:
+    engine = engine_on(kv_cache="bf16")
+    assert (engine.info().kernel, engine.info().reason) == ("sm_86", "reasons.card_kernels_cache")
+    assert text_of(engine)
+    for taken in ("fp16", "fp32", "int8"):
+        assert engine_on(kv_cache=taken).info().reason == "reasons.card_float16"
+    without = engine_on(found=NO_KERNELS, kv_cache="bf16")
+    assert without.info().reason == "reasons.card_kernels_old_card", "the graver one"
 
 
 def test_a_reply_ends_where_the_room_does(engine_on: Callable[..., Any]) -> None:
@@ -345,7 +392,7 @@ def test_a_reply_ends_where_the_room_does(engine_on: Callable[..., Any]) -> None
     assert last.usage.prompt_tokens + last.usage.completion_tokens == 64
     with pytest.raises(InvalidInput) as caught:
         list(engine.stream_chat([Message("user", "今" * 200)], GREEDY, "2"))
-    assert caught.value.code == "prompt_too_long"
+    assert caught.value.code == "prompt_beyond_memory"
 
 
 @pytest.mark.parametrize("kept", ["auto", "int8"])

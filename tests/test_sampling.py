@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -17,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from glmui.engine.sampling import Sampler, blank_where_broken, make_generator, penalise_repetition
+from glmui.engine.sampling import Sampler, blank_where_broken, draw, make_generator, penalise_repetition
 from glmui.errors import EngineError
 from glmui.types import GenerationParams
 
@@ -121,7 +122,7 @@ def test_published_goldens() -> None:
         def blanks(logits: Tensor) -> Tensor:
             return blank_where_broken(logits, 5)
 
-        sampler = Sampler(params, make_generator(42, "cpu"), check=blanks)
+        sampler = Sampler(params, make_generator(42, "cpu"), mend=blanks)
         probabilities = sampler.warp(blanks(logits)).softmax(-1)[0]
         kept = (sampler.warp(blanks(logits)) > float("-inf"))[0]
         assert int(kept.sum()) == case["n_kept"]
@@ -130,3 +131,35 @@ def test_published_goldens() -> None:
         assert torch.allclose(probabilities[case["kept"]], wanted, atol=1e-6)
         drawn = [sampler(logits, [[]])[0] for _ in case["draws_seed42_multinomial"]]
         assert drawn == case["draws_seed42_multinomial"], case["order"]
+
+
+@pytest.mark.parametrize("vocab", [7, 500, 65024])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_draw_is_that_of_torch(vocab: int, rows: int) -> None:
+    """The same id and the same generator afterwards, so that a seed gives what it gave."""
+    for seed in range(20):
+        ours, theirs = make_generator(seed, "cpu"), make_generator(seed, "cpu")
+        logits = random_logits(seed, rows, vocab)
+        probabilities = logits.masked_fill(logits < (seed % 3) - 1, float("-inf")).softmax(-1)
+        wanted = torch.multinomial(probabilities, 1, generator=theirs).flatten()
+        assert torch.equal(draw(probabilities, ours), wanted)
+        assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often Python looks at a number, for which a card is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        assert func is not torch.ops.aten.multinomial.default, "it looks three times"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("temperature", "looks"), [(0.95, 1), (0, 0)])
+def test_a_card_is_waited_for_as_seldom_as_can_be(temperature: float, looks: int) -> None:
+    sampler = Sampler(GenerationParams(temperature=temperature), make_generator(1, "cpu"))
+    with Looks() as counted:
+        sampler(random_logits(), [[]])
+    assert counted.count == looks  # and once for the ids

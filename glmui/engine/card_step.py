@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Protocol
@@ -42,7 +43,8 @@ Record = Callable[[Callable[[], Tensor], torch.device], tuple[Graph, Tensor]]
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Tensor]:
-    """See Record; as torch's notes on CUDA graphs have it. Raises RuntimeError or DriverError."""
+    """See Record; as torch's notes on CUDA graphs have it. Raises RuntimeError or DriverError; torch is then
+    on the stream and allocates as it did before."""
     with torch.cuda.device(device):
         side, here = _beside(device), torch.cuda.current_stream()
         side.wait_stream(here)
@@ -50,23 +52,56 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Tens
             for _ in range(_WARM_UPS):
                 run()
         here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        _forget_workspaces()
+        try:
+            return _captured(run, side)
+        except BaseException:
+            torch.cuda.set_stream(here)  # torch leaves this to a capture that ends well
+            raise
+        finally:
+            _forget_workspaces()
+
+
+def _captured(run: Callable[[], Tensor], side: torch.cuda.Stream) -> tuple[Graph, Tensor]:
+    """What `run` launches, as a graph whose memory is a pool of its own."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
         # Other threads may ask things of the card meanwhile, such as how much of its memory is free.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            logits = run()
-    return graph, logits
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            return graph, run()
+    except BaseException:
+        # A capture that the driver gives up (torch 2.10 to 2.12) stays open in torch's allocator, which then
+        # never again frees what it keeps before it says that memory ran out. A closed one is a RuntimeError.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(side.device_index, pool)
+        raise
+
+
+def _forget_workspaces() -> None:
+    """Have cuBLAS take its memory anew at its next product, where that is.
+
+    torch keeps it by stream, and takes it from all who use that stream when one graph that was recorded
+    there goes. Forgotten before recording and after, a graph's workspace lies in the graph's own pool, and
+    nothing else ever does.
+    """
+    forget: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    forget()
 
 
 @cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream to record on: always the same, for cuBLAS keeps 8 to 32 MiB for each one it ever met."""
+    """The stream to record on: always the same, for libraries keep memory for each one they ever met."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return stream
 
 
 def can_step(model: AnyModel, kernels: BlockKernels) -> bool:
-    """Whether a CardStep can compute this model: all of it but the embedding has to be on one device, in a
-    dtype and of sizes that there are kernels for."""
+    """Whether a CardStep can compute this model, with the cache that it keeps."""
+    return is_computable(model, kernels) and takes_cache(model)
+
+
+def is_computable(model: AnyModel, kernels: BlockKernels) -> bool:
+    """Whether all but the embedding is on one device, in a dtype and of sizes that there are kernels for."""
     norm = _first_norm(model)
     rest = [*model.get_submodule(model.BLOCKS).parameters(), *model.get_submodule(model.HEAD).parameters()]
     return (
@@ -74,8 +109,12 @@ def can_step(model: AnyModel, kernels: BlockKernels) -> bool:
         and kernels.takes(norm.dtype)
         and takes_columns(model.config.hidden_size)
         and takes_head(model.config.head_size)
-        and model.cache_dtype in (None, norm.dtype, torch.int8)
     )
+
+
+def takes_cache(model: AnyModel) -> bool:
+    """Whether it keeps keys and values in what there are kernels for: int8, or what it computes in."""
+    return model.cache_dtype in (None, _first_norm(model).dtype, torch.int8)
 
 
 def _first_norm(model: AnyModel) -> Tensor:
@@ -85,15 +124,20 @@ def _first_norm(model: AnyModel) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _For:
-    """The cache that launches were made for, which is not kept alive: it may go before a larger one comes."""
+    """The cache that launches were made for, which is not kept alive: it may go before a larger one comes.
+    Its addresses would not tell: memory that was given back and taken again may begin at the same one."""
 
     cache: weakref.ref[KVCache]
-    capacity: int
-    keys: int
+    moves: int
 
     @classmethod
     def of(cls, cache: KVCache) -> _For:
-        return cls(weakref.ref(cache), cache.capacity, cache.room(0).keys.data_ptr())
+        return cls(weakref.ref(cache), cache.moves)
+
+
+def _current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within it, the tensor's card is the current one."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
 class CardStep:
@@ -118,15 +162,16 @@ class CardStep:
     @torch.inference_mode()
     def logits(self, token: int, layout: Layout | Causal, cache: KVCache) -> Tensor:
         """[V] after `token`, which is put into the cache behind what it holds. There must be room for it."""
-        self._turn(layout, cache.capacity)
-        self._feed(token, cache.length)
-        if self._made != _For.of(cache):
-            self._make(cache)
-        if self._graph is None:
-            logits = self._run(cache)
-        else:
-            self._graph.replay()
-            logits = self._logits.clone()  # the next replay writes over it
+        with _current(self._now):  # once, and not for each launch on another card than the first
+            self._turn(layout, cache.capacity)
+            self._feed(token, cache.length)
+            if self._made != _For.of(cache):
+                self._make(cache)
+            if self._graph is None:
+                logits = self._run(cache)
+            else:
+                self._graph.replay()
+                logits = self._logits.clone()  # the next replay writes over it
         cache.length += 1
         return logits[0, -1]
 
@@ -151,7 +196,8 @@ class CardStep:
         self._layout = layout
 
     def _feed(self, token: int, place: int) -> None:
-        """Tell the card which token it is. (It copies from memory that is not pinned before this returns.)"""
+        """Tell the card which token it is. (It copies from memory that is not pinned before this returns;
+        without `non_blocking` torch would wait besides until the copy has arrived.)"""
         self._now.copy_(torch.tensor([place, token], dtype=torch.int32), non_blocking=True)
         if self._row is not None:
             self._row.copy_(look_up(self._network.embedding, torch.tensor([[token]])), non_blocking=True)

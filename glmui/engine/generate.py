@@ -47,16 +47,19 @@ class Cancelled(Exception):
 class Speaker:
     """What a loaded model brings along to answer.
 
-    detokeniser: makes a fresh one for each reply. context_length: ids the model can take at all, 0 for no
-    bound. on_progress: told how far the prefill is, at most a few times a second.
+    detokeniser: makes a fresh one for each reply. context_length: ids the model can take at all, room: ids
+    there is memory for, each 0 for no bound. on_progress: told how far the prefill is, at most a few times a
+    second. ahead: whether a step of the decoder only starts work that goes on beside Python.
     """
 
     decoder: Decoder
     detokeniser: Callable[[], Detokeniser]
     stop_ids: Collection[int]
     context_length: int = 0
+    room: int = 0
     stop_repetition: bool = True
     on_progress: Callable[[Progress], None] = field(default=lambda progress: None)
+    ahead: bool = False
 
 
 def generate_ids(
@@ -67,11 +70,18 @@ def generate_ids(
     stop_ids: Collection[int],
     cancelled: Callable[[], bool],
     on_piece: Callable[[float], None] = lambda part: None,
+    ahead: bool = False,
 ) -> Iterator[int]:
     """Yield at most `limit` ids; a stop id is yielded too and is the last.
 
-    `cancelled` is asked after each piece of the prefill and before each id. Raises EngineError("nan_logits").
+    `cancelled` is asked after each piece of the prefill and before each id. ahead: take the next step before
+    an id is yielded, so that a card computes while the id is made use of; a CPU would only yield it later.
+    Raises EngineError("nan_logits").
     """
+
+    def step(token: int) -> Tensor:
+        with torch.inference_mode():
+            return decoder.step(token)
 
     def piece(part: float) -> None:
         if cancelled():
@@ -91,11 +101,14 @@ def generate_ids(
         with torch.inference_mode():
             token = sampler(logits[None], [seen])[0]
         seen.append(token)
+        last = token in stop_ids or count == limit
+        if ahead and not last:
+            logits = step(token)
         yield token
-        if token in stop_ids or count == limit or cancelled():
+        if last or cancelled():
             return
-        with torch.inference_mode():
-            logits = decoder.step(token)
+        if not ahead:
+            logits = step(token)
 
 
 def stream_reply(
@@ -103,10 +116,10 @@ def stream_reply(
 ) -> Iterator[Chunk]:
     """Yield the reply as chunks of whole characters; the last has finish_reason and usage.
 
-    Raises InvalidInput("prompt_too_long") when max_length leaves no room for a single id, and
-    EngineError("nan_logits").
+    Raises InvalidInput("prompt_too_long" or "prompt_beyond_memory") when max_length, or memory, leaves no
+    room for a single id, and EngineError("nan_logits").
     """
-    limit = room(len(prompt_ids), params, speaker.context_length)
+    limit = room(len(prompt_ids), params, speaker.context_length, speaker.room)
     watch = Stopwatch()
     text, loop = speaker.detokeniser(), RepetitionWatch()
     sampler = Sampler(params, make_generator(params.seed, speaker.decoder.device))
@@ -114,7 +127,7 @@ def stream_reply(
     count, note = 0, ""
     reason: FinishReason | None = None
     for token in generate_ids(
-        speaker.decoder, prompt_ids, sampler, limit, speaker.stop_ids, cancelled, report
+        speaker.decoder, prompt_ids, sampler, limit, speaker.stop_ids, cancelled, report, speaker.ahead
     ):
         watch.tick()
         count += 1

@@ -2,6 +2,9 @@
 
 The order and the rules for ties are those of transformers' generate(), so that a seed gives the same ids:
 repetition penalty, temperature, top-k, top-p, softmax, one draw. Logits are float32 [batch, vocab].
+
+Each number that Python wants to see makes a card idle until the next launch reaches it: so there is one look
+at how many ids top-k has left, and one at the end for the ids and whether all logits were numbers.
 """
 
 from __future__ import annotations
@@ -39,8 +42,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ascending, order = _ascending(logits)
     out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     out[..., -1] = False
-    everything = torch.ones_like(logits, dtype=torch.bool)
-    return logits.masked_fill(everything.scatter_(-1, order, out), _OUT)
+    return torch.full_like(logits, _OUT).scatter_(-1, order, ascending.masked_fill(out, _OUT))
 
 
 def _ascending(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,52 +54,65 @@ def _ascending(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best.flip(-1), order.flip(-1)
 
 
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An id of each row, [batch]: the one that torch.multinomial draws, by the same arithmetic, without its
+    looking at the probabilities first."""
+    noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return (probabilities / noise).argmax(dim=-1)
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """Whether none is NaN or infinite, [1] of bool: what lies between their least and largest tells."""
+    least, largest = logits.aminmax()
+    return (largest - least < float("inf")).view(1)
+
+
 def blank_where_broken(logits: Tensor, blank_id: int) -> Tensor:
     """What ChatGLM-6B's code does: any NaN or infinity leaves `blank_id` as the only choice, in all rows."""
-    if torch.isfinite(logits).all():
+    if all_finite(logits):
         return logits
     blank = torch.zeros_like(logits)
     blank[..., blank_id] = _PUBLISHED_BLANK
     return blank
 
 
-def refuse_broken(logits: Tensor) -> Tensor:
-    """The logits as they are; EngineError("nan_logits") where one is NaN or infinite."""
-    if not torch.isfinite(logits).all():
-        raise EngineError("nan_logits")
-    return logits
-
-
 class Sampler:
     """Picks the next id of each row. `generator` must live on the logits' device; greedy never draws from it.
 
-    check: what to do with broken logits, `refuse_broken` unless told otherwise.
+    mend: what to make of logits before anything is chosen, nothing unless told.
     """
 
     def __init__(
         self,
         params: GenerationParams,
         generator: torch.Generator | None = None,
-        check: Callable[[Tensor], Tensor] = refuse_broken,
+        mend: Callable[[Tensor], Tensor] = lambda logits: logits,
     ) -> None:
         self._penalty = params.repetition_penalty
         self._greedy = params.temperature == 0
         self._generator = generator
-        self._check = check
+        self._mend = mend
         self._warpers = _warpers(params)
 
     def __call__(self, logits: Tensor, seen: Sequence[Sequence[int]]) -> list[int]:
         """Next ids from logits [batch, vocab]; `seen` has each row's ids so far, for the penalty.
 
-        Raises EngineError("nan_logits").
+        Raises EngineError("nan_logits") where one is NaN or infinite.
         """
         logits = logits.float()
         if self._penalty != 1:
             logits = penalise_repetition(logits, seen, self._penalty)
-        logits = self._check(logits)
+        logits = self._mend(logits)
+        *ids, finite = torch.cat([self._choose(logits), all_finite(logits)]).tolist()
+        if not finite:
+            raise EngineError("nan_logits")
+        return ids
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The next id of each row, [batch]; any where logits are broken."""
         if self._greedy:
-            return _plain(logits.argmax(dim=-1))
-        return _plain(torch.multinomial(self.warp(logits).softmax(dim=-1), 1, generator=self._generator))
+            return logits.argmax(dim=-1)
+        return draw(self.warp(logits).softmax(dim=-1), self._generator)
 
     def warp(self, logits: Tensor) -> Tensor:
         """Logits after temperature, top-k and top-p; what may not be drawn is -inf."""
@@ -115,10 +130,6 @@ def _warpers(params: GenerationParams) -> list[Callable[[Tensor], Tensor]]:
     if params.top_p < 1:
         warpers.append(lambda logits: keep_top_p(logits, params.top_p))
     return warpers
-
-
-def _plain(ids: Tensor) -> list[int]:
-    return [int(i) for i in ids.flatten().tolist()]
 
 
 def make_generator(seed: int | None, device: str | torch.device) -> torch.Generator:

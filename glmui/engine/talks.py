@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 
 from glmui import notes, prompts
-from glmui.engine.sampling import Sampler, blank_where_broken, make_generator, refuse_broken
+from glmui.engine.sampling import Sampler, blank_where_broken, make_generator
 from glmui.text import chatglm2, chatglms
 from glmui.text.chatglm import ChatGLMTokenizer
 from glmui.text.chatglm2 import ChatGLM2Tokenizer
@@ -54,8 +54,9 @@ class Wish:
             repetition_penalty=self.repetition_penalty,
         )
         generator = None if self.seed is None else make_generator(self.seed, device)
-        check = partial(blank_where_broken, blank_id=_BLANK) if self.published else refuse_broken
-        return Sampler(params, generator, check)
+        if self.published:
+            return Sampler(params, generator, mend=partial(blank_where_broken, blank_id=_BLANK))
+        return Sampler(params, generator)
 
 
 def _check_published_temperature(value: float) -> None:

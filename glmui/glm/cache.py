@@ -82,10 +82,12 @@ class KVCache:
     each token of a head. At full size a token of ChatGLM-6B takes 448 KiB in float16, 227.5 KiB in int8.
     `length` tokens are valid in all layers; the model moves it on once per forward pass. The `front` entries
     of a prefix lie before them, and are counted in neither of the two. most: tokens that it does not grow
-    beyond by itself, 0 for no bound.
+    beyond by itself, 0 for no bound. moves: how often a layer's memory was taken, so that whoever holds its
+    address knows when it is another one's.
     """
 
     most = 0
+    moves = 0
 
     def __init__(
         self, layers: int, capacity: int, dtype: torch.dtype | None = None, prefix: Prefix | None = None
@@ -108,7 +110,7 @@ class KVCache:
         room = Room(keys, values, scale(), scale(), like.dtype)
         if self._prefix is not None:
             room.put(0, *(entries[None].to(like) for entries in self._prefix.of(layer)))
-        self._layers[layer] = room
+        self._put(layer, room)
         return room
 
     def room(self, layer: int) -> Room:
@@ -142,9 +144,8 @@ class KVCache:
         self.capacity = max(self.length + count, min(grown, self.most or grown))
         try:
             self._replace(self._moved)
-        except (
-            BaseException
-        ):  # memory ran out: all that was kept is still there, in some layers with more room
+        except BaseException:
+            # Memory ran out: all that was kept is still there, in some layers with more room.
             self.capacity = before
             raise
 
@@ -155,7 +156,11 @@ class KVCache:
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer, room in enumerate(self._layers):
             if room is not None:
-                self._layers[layer] = room.changed(change)
+                self._put(layer, room.changed(change))
+
+    def _put(self, layer: int, room: Room) -> None:
+        self._layers[layer] = room
+        self.moves += 1
 
     def _moved(self, old: Tensor) -> Tensor:
         new = old.new_empty(*old.shape[:2], self.front + self.capacity, *old.shape[3:])
@@ -169,8 +174,8 @@ class KVCache:
 
 
 def in_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., d] → int8 [..., d] and its float16 scale [...]: max|x| / 127 in float32, then rounded, and what
-    x is of the rounded one. Halves go to even. The kernels of a card do the same."""
+    """x [..., d] → int8 [..., d] and its float16 scale [...]: max|x| / 127 in float32, then rounded, and
+    q = x / rounded scale, half to even. The kernels of a card do the same."""
     scale = (x.abs().amax(-1).float() / 127).half()
     divisor = scale.float().masked_fill(scale == 0, 1)
     q = (x.float() / divisor[..., None]).round_().clamp_(-127, 127)

@@ -13,10 +13,11 @@ from glmui.quant.linear import QuantizedLinear
 from glmui.quant.mapped import release
 from glmui.quant.packing import quantise, rows_of
 
-# Bytes on each card to widen weights into: half of ChatGLM-6B's largest matrix, on a card with 6 GB. A larger
-# one gives as large a part of its memory, for its many processors are busy with a whole matrix only.
+# Bytes on each card to widen weights into, which plans count (memory/model_size.py): half of ChatGLM-6B's
+# largest matrix. A large card's many processors are busy with a whole matrix only, so where torch may take as
+# much as ROOMY, which no published model with its whole context fills when quantised, there is more.
 SCRATCH = 64 << 20
-_PART = 96
+ROOMY = 10 << 30
 
 
 class Scratch:
@@ -48,11 +49,19 @@ class CardLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] in x's dtype."""
-        if not self.kernels.takes(x.dtype):
+        if x.requires_grad or not self.kernels.takes(x.dtype):  # they compute no gradients
             return super().forward(x)
         if x.shape[:-1].numel() > MOST_ROWS:
             return self._in_slices(x)
         return self.kernels.linear(x, self.weight, self.weight_scale, self.weight_bit_width, self.bias)
+
+    def plain(self) -> QuantizedLinear:
+        """The layer that this one computes, without kernels."""
+        kept = self.weight, self.weight_scale, self.bias
+        layer = QuantizedLinear(self.in_features, self.out_features, self.weight_bit_width, *kept)
+        layer.weight, layer.weight_scale, layer.bias = kept
+        layer.whole = self.whole
+        return layer
 
     def _in_slices(self, x: Tensor) -> Tensor:
         room = self._scratch.rows(self.in_features, x.dtype)
@@ -90,21 +99,38 @@ def use_card_kernels(model: nn.Module, kernels: Mapping[torch.device, CardKernel
             model.set_submodule(name, CardLinear(layer, found, scratch))
 
 
+def forget_card_kernels(model: nn.Module) -> None:
+    """Undo use_card_kernels, as before layers are moved elsewhere; frees the scratch."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CardLinear):
+            model.set_submodule(name, layer.plain())
+
+
 def scratch_on(device: torch.device) -> int:
-    """Bytes of a card to widen weights into, of what torch may take there."""
+    """The most bytes of a card to widen weights into."""
     if device.type != "cuda":
         return SCRATCH
     total = torch.cuda.get_device_properties(device).total_memory
-    part = int(total * torch.cuda.get_per_process_memory_fraction(device)) // _PART
-    return max(SCRATCH, min(part, 4 * SCRATCH))  # no block's matrix is larger, and a head meets few rows
+    roomy = total * torch.cuda.get_per_process_memory_fraction(device) >= ROOMY
+    return 4 * SCRATCH if roomy else SCRATCH  # no block's matrix is larger, and a head meets few rows
 
 
 def scratch_bytes(*layers: QuantizedLinear, most: int = SCRATCH) -> int:
     """What these layers need to widen a slice of `most` bytes, or a whole matrix where that is wished for."""
-    rows = [2 * layer.in_features for layer in layers]
-    whole = [2 * layer.in_features * layer.out_features for layer in layers]
-    wished = any(layer.whole for layer in layers)
-    return max(whole, default=0) if wished else max(min(most, max(whole, default=0)), max(rows, default=0))
+    row = max((2 * layer.in_features for layer in layers), default=0)
+    largest = max(map(_widened_bytes, layers), default=0)
+    wished = max((_widened_bytes(layer) for layer in layers if layer.whole), default=0)
+    return max(min(most, largest), row, wished)
+
+
+def _widened_bytes(layer: QuantizedLinear) -> int:
+    return 2 * layer.in_features * layer.out_features
+
+
+def cards_of(model: nn.Module) -> set[str]:
+    """The cards that hold layers which their kernels could compute."""
+    layers = (m for m in model.modules() if isinstance(m, QuantizedLinear) and is_computable(m))
+    return {str(layer.weight.device) for layer in layers if layer.weight.device.type == "cuda"}
 
 
 def is_computable(layer: QuantizedLinear) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from glmui.memory.trouble import out_of_memory_on
 from glmui.quant.kernels.cuda import driver
 from glmui.quant.kernels.cuda.block import BlockKernels
 from glmui.quant.kernels.cuda.check import block_is_right, linear_is_right
@@ -116,6 +117,7 @@ def _noted(diary: Path, check: Callable[[], Loaded]) -> Loaded:
 
 
 def _tried(card: Card, open_module: Callable[[], Module]) -> Loaded:
+    """Raises _Fault. Memory that runs out is none: the driver may need some for a kernel's first start."""
     try:
         module = open_module()
     except (DriverError, RuntimeError) as error:  # torch's: the card is full, or held by another process
@@ -123,11 +125,10 @@ def _tried(card: Card, open_module: Callable[[], Module]) -> Loaded:
         return _without("not_loaded")
     try:
         return _checked(CardKernels(module, card.name), BlockKernels(module, card.name), card)
-    except torch.OutOfMemoryError as error:
+    except (DriverError, RuntimeError, ValueError, KeyError, MemoryError) as error:
         _log.debug("kernels: %s", error)
-        return _without("not_loaded")
-    except (DriverError, RuntimeError, ValueError, KeyError) as error:
-        _log.debug("kernels: %s", error)
+        if out_of_memory_on(error, card.device):
+            return _without("not_loaded")
         raise _Fault from error
 
 

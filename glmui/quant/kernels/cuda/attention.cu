@@ -11,6 +11,7 @@
 #define WARPS 4
 #define THREADS (32 * WARPS)
 #define MOST_SIZE 256  /* numbers in a head: 8 for each lane of a warp */
+#define USUAL_SIZE 128 /* of all published models */
 #define AHEAD 4        /* tokens whose keys and values are asked for at once */
 #define LEAST_CHUNK 64 /* tokens; a smaller split would not be worth its part in putting together */
 #define LOWEST -1e30f  /* lower than any score, yet a number */
@@ -284,10 +285,15 @@ INLINE void attend(const Row &row, const Cache<Kept> &keys, const Cache<Kept> &v
     KERNEL(name, (const T *numbers, const T *cosine, const T *sine, const int *place, int front, Kept *keys,         \
                   Kept *values, half_t *key_scale, half_t *value_scale, int capacity, int heads, int groups,         \
                   int size, int beside, float *parts, int *tickets, T *out)) {                                       \
-        const int angles = *place * (beside ? size / 2 : size / 4);                                                  \
-        const Row row = {numbers, cosine + angles, sine + angles, heads, groups, size, beside};                      \
+        const int angles = *place * (beside ? size / 2 : size / 4), tokens = front + *place + 1;                     \
         const Cache<Kept> k = {keys, key_scale, capacity}, v = {values, value_scale, capacity};                      \
-        attend<HEADS>(row, k, v, front + *place + 1, parts, tickets, out);                                           \
+        Row row = {numbers, cosine + angles, sine + angles, heads, groups, USUAL_SIZE, beside};                      \
+        if (size == USUAL_SIZE) { /* the same, with shifts for divisions */                                          \
+            attend<HEADS>(row, k, v, tokens, parts, tickets, out);                                                   \
+        } else {                                                                                                     \
+            row.size = size;                                                                                         \
+            attend<HEADS>(row, k, v, tokens, parts, tickets, out);                                                   \
+        }                                                                                                            \
     }
 
 /* One head of queries for each of keys (ChatGLM-6B), or several. */

@@ -26,7 +26,7 @@ _THREADS = 256
 _ATTENTION_THREADS = 128
 _SHARING = 4  # query heads of a tile where several share their keys
 _CHUNK = 64  # tokens below which a split is not worth its while
-_BLOCKS = 2  # of attention, for each of a card's processors
+_BLOCKS = 2  # of attention, for each of a card's processors; where heads share keys only 3 fit there at once
 _PRETENDED = 16  # processors of what is no card
 
 

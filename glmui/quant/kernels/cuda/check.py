@@ -145,8 +145,11 @@ def _activations(kernels: BlockKernels, make: _Maker) -> Iterator[Case]:
 
 
 def _attention(kernels: BlockKernels, make: _Maker) -> Iterator[Case]:
-    """As ChatGLM-6B and as ChatGLM2 has it: a token that is the first, and one after many and a prefix."""
-    for beside, heads, groups, size in ((True, 3, 3, 128), (False, 6, 2, 64)):
+    """As ChatGLM-6B and as ChatGLM2 has it, in heads of the usual size and of another: a token that is the
+    first, and one after many and a prefix."""
+    for beside, heads, groups, size in (
+        (True, 3, 3, 128), (False, 6, 2, 128), (True, 2, 2, 64), (False, 6, 2, 64),
+    ):  # fmt: skip
         for in_8_bits in (False, True):
             for place, front in ((0, 0), (197, 3)):
                 room = _room(make, groups, size, in_8_bits)
