@@ -15,22 +15,27 @@ from typing import Any, Literal
 
 GpuError = Literal["", "no_driver", "unknown"]
 
-_RETRY = (
-    60.0  # seconds until NVML is started anew after a failure: it may take long, a driver seldom comes back
-)
+# Seconds until NVML is started anew after a failure: it may take long, and a driver seldom comes back.
+_RETRY = 60.0
 _MOST_CARDS = 64
 _NO_DRIVER = ("ImportError", "ModuleNotFoundError", "NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded")
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One NVIDIA card. Bytes, or None where unknown; `own` is the engine process's share of `used`."""
+    """One NVIDIA card. Bytes, or None where unknown; `own` is the engine process's share of `used`.
+
+    index: NVML's, which counts all cards (memory/visible.py has torch's). uuid: "GPU-…". bus: its place,
+    "00000000:1A:00.0". Both are "" where unknown.
+    """
 
     index: int
     name: str
     used: int | None
     total: int | None
     own: int | None
+    uuid: str = ""
+    bus: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,8 @@ class Meter:
     def read(self, engine_pid: int | None) -> Reading:
         with self._lock:
             cards = self._read_cards(engine_pid)
-            return Reading(cards, *_ram(), _rss(engine_pid), self._error, _private(engine_pid))
+            rss, private = (None, None) if engine_pid is None else _held(engine_pid)
+            return Reading(cards, *_ram(), rss, self._error, private)
 
     def users(self, index: int, most: int = 3) -> tuple[User, ...]:
         """The programs that hold most of a card's memory, the biggest first; () where that is not told."""
@@ -112,13 +118,14 @@ class Meter:
         if handle is None:
             return Card(index, "", None, None, None)
         memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
-        name = self._ask("nvmlDeviceGetName", handle)
         return Card(
             index,
-            name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name or ""),
+            _words(self._ask("nvmlDeviceGetName", handle)),
             _size(memory, "used"),
             _size(memory, "total"),
             None if engine_pid is None else self._share(handle, engine_pid),
+            _words(self._ask("nvmlDeviceGetUUID", handle)),
+            _words(getattr(self._ask("nvmlDeviceGetPciInfo", handle), "busId", "")),
         )
 
     def _share(self, handle: Any, pid: int) -> int | None:
@@ -189,27 +196,16 @@ def _ram() -> tuple[int | None, int | None]:
         return None, None
 
 
-def _rss(pid: int | None) -> int | None:
-    if pid is None:
-        return None
-    try:
-        import psutil
-
-        return _size(psutil.Process(pid).memory_info(), "rss")
-    except Exception:
-        return None
-
-
-def _private(pid: int | None) -> int | None:
-    if pid is None:
-        return None
+def _held(pid: int) -> tuple[int | None, int | None]:
+    """What a process holds of the RAM: (all of it, without the files it has mapped)."""
     try:
         import psutil
 
         held = psutil.Process(pid).memory_info()
-        return max(0, int(getattr(held, "private", held.rss) - getattr(held, "shared", 0)))
+        private = getattr(held, "private", held.rss) - getattr(held, "shared", 0)
+        return held.rss, max(0, private)
     except Exception:
-        return None
+        return None, None
 
 
 def _name(pid: int) -> str:
@@ -220,6 +216,11 @@ def _name(pid: int) -> str:
         return psutil.Process(pid).name()
     except Exception:
         return ""
+
+
+def _words(answer: Any) -> str:
+    """NVML's text, which older bindings give as bytes."""
+    return answer.decode("utf-8", "replace") if isinstance(answer, bytes) else str(answer or "")
 
 
 def _size(holder: Any, name: str) -> int | None:

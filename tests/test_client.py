@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,8 @@ import pytest
 from glmui import notes
 from glmui.engine import client as client_module
 from glmui.engine.client import EngineClient
-from glmui.errors import EngineError, GlmuiError, ModelError
+from glmui.engine.process import EngineProcess
+from glmui.errors import EngineError, GlmuiError, ModelError, to_values
 from glmui.memory import witness
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message
 from tests.tiny_llama import make_tiny_llama
@@ -290,6 +292,26 @@ def test_being_killed_is_no_fault_of_the_engine(patient: EngineClient) -> None:
     assert ask(patient, "hello", "after")[-1].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stage", ["loading", "prefill"])
+def test_killed_before_any_text(patient: EngineClient, stage: str) -> None:
+    """By somebody, not for want of memory: nothing is lowered, nor tried again, and nothing is left."""
+    patient.configure(EngineSpec("echo load=0.3", "echo"))
+    pids: list[int] = []
+
+    def then(chunk: Chunk) -> None:
+        if chunk.progress and chunk.progress.stage == stage and not pids:
+            pids.append(pid_of(patient))
+            kill(patient)
+
+    with pytest.raises(EngineError) as raised:
+        ask(patient, "/echo prefill=1", "1", then)
+    assert (raised.value.code, raised.value.values["detail"]) == ("engine_died", "SIGKILL")
+    assert gone(pids[0])
+    assert (patient.info().state, patient.info().reason) == ("asleep", "")
+    assert ask(patient, "hello", "2")[-1].finish_reason == "stop"
+    assert len(pids) == 1
+
+
 @pytest.mark.parametrize("how", ["hang", "frozen"])
 def test_a_hung_engine_is_replaced(client: EngineClient, how: str) -> None:
     def freeze(chunk: Chunk) -> None:
@@ -371,6 +393,7 @@ def test_a_model_that_nothing_can_hold_is_refused_each_time_anew(patient: Engine
         with pytest.raises(EngineError) as raised:
             ask(patient, "hello", f"{n}")
         assert raised.value.code == "out_of_memory"
+        assert "(RAM) ran out while the conversation was being read" in str(raised.value)
     assert patient.info().state == "asleep"
 
 
@@ -478,6 +501,93 @@ def test_a_real_memory_error(patient: EngineClient) -> None:
     assert text_of(chunks) == "hog=200"
     assert chunks[-1].note == notes.note("memory_pieces", tokens=64)
     assert gone(engine.pid)
+
+
+# A card's fault
+
+
+class FaultyCard:
+    """Engine processes whose card reports a fault instead of some messages. stages: which, one a process."""
+
+    def __init__(self, *stages: str) -> None:
+        self.stages = list(stages)
+        self.pids: list[int | None] = []
+
+    def __call__(self, spec: EngineSpec) -> EngineProcess:
+        stage = self.stages.pop(0) if self.stages else ""
+        process = _Faulty(spec, stage)
+        self.pids.append(process.pid)
+        return process
+
+
+class _Faulty(EngineProcess):
+    def __init__(self, spec: EngineSpec, stage: str) -> None:
+        super().__init__(spec)
+        self._stage = stage
+
+    def next_event(self, seconds: float) -> dict[str, Any] | None:
+        event = super().next_event(seconds)
+        chunk = event.get("chunk") if event else None
+        if not (event and chunk and self._stage):
+            return event
+        stage = chunk["progress"]["stage"] if chunk["progress"] else "decode" if chunk["tokens"] > 1 else ""
+        if stage != self._stage:
+            return event
+        kind = {"kind": "failed"} if stage == "loading" else {"kind": "error", "ending": True}
+        fault = EngineError("card_fault", detail="CUDA error: unknown error")
+        return {**kind, "id": event["id"], "error": to_values(fault), "trace": ""}
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FaultyCard]:
+    def card(*stages: str) -> FaultyCard:
+        made = FaultyCard(*stages)
+        monkeypatch.setattr(client_module, "EngineProcess", made)
+        return made
+
+    return card
+
+
+@pytest.mark.parametrize("stage", ["loading", "prefill"])
+def test_a_card_that_failed_before_any_text_is_tried_once_more(
+    patient: EngineClient, faulty: Callable[..., FaultyCard], stage: str
+) -> None:
+    card = faulty(stage)
+    chunks = ask(patient, "hello")
+    assert (text_of(chunks), chunks[-1].finish_reason) == ("You said: hello", "stop")
+    assert len(card.pids) == 2
+    assert card.pids[0]
+    assert gone(card.pids[0]), "nothing on a card that failed can be trusted in its process"
+    assert (patient.info().reason, chunks[-1].note) == ("", ""), "nothing was lowered"
+
+
+def test_a_card_that_fails_again_is_told(patient: EngineClient, faulty: Callable[..., FaultyCard]) -> None:
+    card = faulty("prefill", "loading")
+    for request_id in ("1", "2"):  # each message may try once more
+        with pytest.raises(EngineError) as raised:
+            ask(patient, "hello", request_id)
+        assert (raised.value.code, len(card.pids)) == ("card_fault", 2)
+        card = faulty("loading", "prefill")
+    faulty()
+    assert ask(patient, "hello", "3")[-1].finish_reason == "stop"
+
+
+def test_text_that_came_before_a_fault_is_kept(
+    patient: EngineClient, faulty: Callable[..., FaultyCard]
+) -> None:
+    card, seen = faulty("decode"), list[Chunk]()
+    with pytest.raises(EngineError) as raised:
+        ask(patient, "hello", "1", seen.append)
+    assert (raised.value.code, len(card.pids)) == ("card_fault", 1)
+    assert text_of(seen)
+
+
+def test_memory_that_runs_out_after_a_fault_still_goes_a_rung_down(
+    on_card: EngineClient, faulty: Callable[..., FaultyCard]
+) -> None:
+    card = faulty("loading")
+    assert ask(on_card, "/echo piece=64")[-1].note == notes.note("memory_pieces", tokens=64)
+    assert len(card.pids) == 3
 
 
 # Giving memory back

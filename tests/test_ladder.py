@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from glmui import i18n, notes
-from glmui.errors import EngineError
-from glmui.memory.ladder import Kind, Ladder, Stage, Trouble, lower
+from glmui.errors import EngineError, from_values, to_values
+from glmui.memory.ladder import Kind, Ladder, Stage, Trouble, at_foot, lower
 from glmui.types import EngineInfo, EngineSpec
 
 CARD = EngineSpec("m", "folder", device="cuda:0")
@@ -191,6 +191,7 @@ def test_a_model_stays_lowered_until_another_spec_is_chosen() -> None:
     assert (ladder.spec, ladder.reason, ladder.news()) == (CARD, "", "")
     ladder.lower(info_of(CARD), Trouble("prefill", "cuda:0"))
     assert ladder.spec == replace(CARD, prefill_piece=64)
+    assert ladder.spec.hasty  # somebody waits while it loads
     assert ladder.reason == "reasons.memory_pieces"
     ladder.choose(CARD)
     assert ladder.spec == replace(CARD, prefill_piece=64)
@@ -236,3 +237,17 @@ def test_every_rung_has_its_words(kind: str, language: str) -> None:
     assert ("123" in said) == ("123" in kept) == (kind != "cpu")
     assert words["chat.continue"] in kept
     assert f"reasons.memory_{kind}" in words
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("stage", ["loading", "prefill", "decode"])
+def test_at_the_foot_it_is_said_whose_memory_it_was_and_what_helps_there(stage: Stage, language: str) -> None:
+    ram, card = (from_values(*to_values(at_foot(Trouble(stage, device)))) for device in ("cpu", "cuda:1"))
+    assert Trouble.of(card) == Trouble(stage, "cuda:1")
+    said, on_card = ram.message(language), card.message(language)
+    assert "out_of_memory" not in said + on_card
+    assert "cuda:1" in on_card
+    assert ("RAM" if language == "en" else "内存不足") in said
+    assert "max_length" not in said + on_card
+    assert ("head_bits" in said) == (stage == "loading"), "what would not help is not advised"
+    assert ("kv_cache" in said) == (stage != "loading")

@@ -157,6 +157,23 @@ def test_nothing_is_said_where_the_card_has_room(watch: SpillWatch, nvml: Nvml) 
     assert watch.remark(INFO, usage(8)) == ""
 
 
+def test_a_full_card_that_the_model_is_not_on_is_not_blamed(
+    watch: SpillWatch, nvml: Nvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program fills the first of two cards; the model is on the second, slow for another reason."""
+    second = replace(INFO, device="cuda:1", layers=("cuda:1",) * 28)
+    for _ in range(LEAST_REPLIES):
+        watch.remark(second, usage(30))
+    assert watch.remark(second, usage(8)) == ""
+    mixed = replace(INFO, device="mixed", layers=("cuda:1",) * 20 + ("cpu",) * 8)
+    for _ in range(LEAST_REPLIES):
+        watch.remark(mixed, usage(30))
+    assert watch.remark(mixed, usage(8)) == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")  # now torch's second is NVML's first
+    assert watch.remark(second, usage(8))
+    assert watch.remark(INFO, usage(8)) == ""
+
+
 def test_nothing_is_said_where_nothing_can_be_read(watch: SpillWatch, nvml: Nvml) -> None:
     nvml.answers["nvmlDeviceGetCount"] = None
     assert watch.remark(INFO, usage(8)) == ""

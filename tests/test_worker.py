@@ -148,6 +148,12 @@ def explain(error: BaseException) -> GlmuiError:
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"), "cuda:0"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuda:0"),
+        (
+            RuntimeError(
+                'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1015'
+            ),
+            "cuda:0",
+        ),
         (DriverError("out of memory", 2), "cuda:0"),
         (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"), "cuda:0"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"), "mps"),
@@ -175,11 +181,17 @@ def test_whose_memory_ran_out(error: BaseException, device: str) -> None:
         "CUDA error: an illegal memory access was encountered",
         "CUDA error: unspecified launch failure",
         "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: unknown error",
+        "CUDA error: context is destroyed",
     ],
 )
 def test_a_card_that_failed(words: str) -> None:
     told = explain(RuntimeError(f"{words}\nCUDA kernel errors might be asynchronously reported"))
     assert (told.code, told.values["detail"]) == ("card_fault", words)
+
+
+def test_a_fault_in_the_drivers_own_words() -> None:
+    assert explain(DriverError("unknown error", 999)).code == "card_fault"
 
 
 @pytest.mark.parametrize(

@@ -44,19 +44,19 @@ class Attempt:
         self._id = request_id
         self._cancelled = cancelled
         self._hang_seconds = hang_seconds
-        self._stop = _Stop()
+        self._deadline: float | None = None  # of the process's answer, once Stop was asked for
 
     def chunks(self) -> Iterator[Chunk]:
         """Up to the last. Raises Lost, and the GlmuiError of a reply that failed in a sound process."""
         process, silence = self._process, _Silence(self._process, self._hang_seconds)
         while True:
             event = process.next_event(POLL_SECONDS)
-            if self._id in self._cancelled and not self._stop.asked:
+            if self._id in self._cancelled and self._deadline is None:
                 self._ask_to_stop()
             if event is None:
                 if silence.too_long():
                     raise Lost(EngineError("engine_hung", seconds=round(self._hang_seconds)), died=True)
-            elif event["kind"] == "died" and not self._stop.asked and not process.stopping:
+            elif event["kind"] == "died" and self._deadline is None and not process.stopping:
                 raise lost(process, self._stage())
             elif event["kind"] == "loaded":
                 silence.heard()
@@ -66,7 +66,7 @@ class Attempt:
                 yield chunk
                 if chunk.finish_reason:
                     return
-            if process.stopping or self._stop.over() or (self._stop.asked and process.dead):
+            if process.stopping or self._is_over():
                 self.unfinished = not process.stopping and not process.dead
                 yield Chunk(finish_reason="cancelled")
                 return
@@ -85,8 +85,14 @@ class Attempt:
     def _ask_to_stop(self) -> None:
         if self._process.info is None:
             self._process.stop(killed=_STOP_GRACE)  # loading hears nothing
-        self._stop.ask()
+        self._deadline = time.monotonic() + _STOP_GRACE
         self._process.send("cancel", id=self._id)
+
+    def _is_over(self) -> bool:
+        """Whether Stop was asked for, and the process is gone or has had its time to answer."""
+        if self._deadline is None:
+            return False
+        return self._process.dead or time.monotonic() > self._deadline
 
     def _chunk(self, event: dict[str, Any]) -> Chunk | None:
         """The event's chunk where it belongs to this reply. Raises the error that it tells of."""
@@ -138,21 +144,6 @@ class _Silence:
         self._signs = self._process.signs
         self._waited += POLL_SECONDS
         return self._waited > self._seconds * (_QUIET_FACTOR if self._patient else 1)
-
-
-class _Stop:
-    """Whether Stop was asked for, and whether the process has had its time to answer."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._deadline = 0.0
-
-    def ask(self) -> None:
-        self.asked = True
-        self._deadline = time.monotonic() + _STOP_GRACE
-
-    def over(self) -> bool:
-        return self.asked and time.monotonic() > self._deadline
 
 
 def _is_last(event: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from glmui.engine.model_folder import describe
 from glmui.engine.process import EngineProcess
 from glmui.engine.request import Cancellations
 from glmui.errors import EngineError, ModelError
-from glmui.memory.ladder import Ladder, Trouble
+from glmui.memory.ladder import Ladder, Trouble, at_foot
 from glmui.types import Chunk, EngineInfo, EngineSpec, EngineState, GenerationParams, Message, Progress, Usage
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class EngineClient:
     def _answer(
         self, messages: Sequence[Message], params: GenerationParams, request_id: str
     ) -> Iterator[Chunk]:
-        unloaded = self._unloaded
+        unloaded, may_retry = self._unloaded, True
         if request_id not in self._cancelled:
             yield Chunk(progress=Progress("starting"))
         while request_id not in self._cancelled and unloaded == self._unloaded:
@@ -160,7 +160,11 @@ class EngineClient:
                     yield self._with_notes(chunk, process)
                 return
             except Lost as loss:
-                self._step_down(process, attempt, loss)
+                self._bury(process, loss)
+                if may_retry and not attempt.spoke and loss.error.code == "card_fault":
+                    may_retry = False  # a card that woke from sleep is sound again in a fresh process
+                else:
+                    self._step_down(process, attempt, loss)
             except GeneratorExit:  # the caller has closed the iterator early
                 process.send("cancel", id=request_id)
                 raise
@@ -170,15 +174,14 @@ class EngineClient:
         yield Chunk(finish_reason="cancelled")
 
     def _step_down(self, process: EngineProcess, attempt: Attempt, loss: Lost) -> None:
-        """End the process; where memory was the cause, the next one is to hold less. Returns where a reply
-        without text is to be tried again; else raises what there is to tell."""
-        self._bury(process, loss)
+        """Where memory was the cause, the next process is to hold less. Returns where a reply without text is
+        to be tried again; else raises what there is to tell."""
         trouble = Trouble.of(loss.error)
         info = process.info or self._asleep
         with self._change:
             rung = self._ladder.lower(info, trouble) if trouble and self._holds(process) else None
         if rung is None:
-            raise loss.error from None
+            raise (at_foot(trouble) if trouble else loss.error) from None
         log.warning("memory ran out (%s); the next rung: %s %s", trouble, rung.kind, rung.values)
         if attempt.spoke:
             self._ladder.told()

@@ -13,6 +13,7 @@ import psutil
 
 from glmui.errors import InvalidInput
 from glmui.memory.plan import CUDA_CONTEXT
+from glmui.memory.trouble import out_of_memory_on
 
 if TYPE_CHECKING:
     import torch
@@ -56,16 +57,30 @@ def available_devices() -> list[str]:
     return [*devices, "cpu"]
 
 
-def free_on_cards() -> tuple[int, ...]:
-    """Bytes of each card that torch can use and others leave free, () without one.
+def free_on_cards(wish: str) -> tuple[int, ...]:
+    """Bytes of each card that torch can use and others leave free, () without one, and for "cpu".
 
-    To ask opens a CUDA context there, which is ours: plans count it, as the app does before there is any.
+    wish: a device. To ask opens a CUDA context, which takes memory of the card: so only those that it may
+    mean are asked, and the others count as full.
     """
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = (torch.cuda.mem_get_info(card) for card in range(count))
-    return tuple(min(total, free + _OPENED) for free, total in found)
+    count = torch.cuda.device_count() if wish != "cpu" and torch.cuda.is_available() else 0
+    asked = {"cuda": "cuda:0"}.get(wish, wish)
+    return tuple(_free_on(card) if asked in ("auto", "mixed", f"cuda:{card}") else 0 for card in range(count))
+
+
+def _free_on(card: int) -> int:
+    """The context is ours: plans count it, as the app does before it is there. 0 where it does not fit."""
+    import torch
+
+    try:
+        free, total = torch.cuda.mem_get_info(card)
+    except RuntimeError as error:
+        if not out_of_memory_on(error, f"cuda:{card}"):
+            raise
+        return 0
+    return min(total, free + _OPENED)
 
 
 def resolve_device(wish: str, available: list[str] | None = None) -> str:
@@ -73,6 +88,8 @@ def resolve_device(wish: str, available: list[str] | None = None) -> str:
 
     Raises InvalidInput("device_missing") with what there is instead.
     """
+    if wish == "cpu":
+        return wish  # without a look at any card
     there = available_devices() if available is None else available
     if wish == "auto":
         return there[0]
@@ -98,8 +115,10 @@ def place(wish: str, stored_dtype: str, weight_bytes: int) -> Placement:
 def _precision_on_card(device: str, stored: str) -> tuple[str, str]:
     import torch
 
-    if stored != "float16" and device.startswith("cuda") and torch.cuda.is_bf16_supported(False):
-        return "bfloat16", "reasons.card_bfloat16"
+    if stored != "float16" and device.startswith("cuda"):
+        with torch.cuda.device(device):  # of two cards one may be older
+            if torch.cuda.is_bf16_supported(False):
+                return "bfloat16", "reasons.card_bfloat16"
     return "float16", "reasons.card_float16"
 
 

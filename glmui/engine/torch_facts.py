@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import warnings
 from typing import Any
+
+from glmui.engine.own_process import set_environment
 
 _LOG_TAIL = 600  # characters of what the compiler said
 _FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "i8mm")
@@ -18,7 +19,7 @@ _FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_
 
 def run() -> None:
     """Print the facts, one JSON object a line; "doing" names the step at hand, "" when all is told."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_environment()
     for step in (_import, _cuda, _kernels, _card_kernels):
         _tell(doing=step.__name__.removeprefix("_"))
         if not step():

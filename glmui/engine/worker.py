@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from glmui.engine.families import open_family
+from glmui.engine.own_process import begin
 from glmui.engine.request import Cancellations
 from glmui.engine.wire import Wire, chat_from
 from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
@@ -29,27 +29,14 @@ from glmui.memory.trouble import is_card_fault, out_of_memory_on
 from glmui.types import ChatEngine, Chunk, EngineSpec, Progress, TakesExtras
 
 SIGN_SECONDS = 1.0
-
-# Must stand before torch and transformers are imported. PASSIVE: OpenMP threads that wait by spinning take
-# the core from the others as soon as the machine has anything else to do (3 tokens a second instead of 12).
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 _FIRST_TO_GO = 500  # of 1000: where Linux must end a process for want of memory, this one before the app
 
 
 def run(connection: Connection, spec: EngineSpec) -> None:
     """Entry of the process. Messages in: chat, cancel, stop; out: loaded or failed, chunk, error, alive."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the app's to handle
+    begin()
     if sys.stderr is not None:  # a windowed Python on Windows has none
         faulthandler.enable()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     _offer_to_the_kernel()
     post = _Post(Wire(connection))
     post.start()

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from glmui import notes
-from glmui.errors import GlmuiError
-from glmui.types import EngineInfo, EngineSpec
+from glmui.errors import EngineError, GlmuiError
+from glmui.types import LEAST_CONTEXT, PIECE, EngineInfo, EngineSpec
 
 Stage = Literal["loading", "prefill", "decode"]
 Kind = Literal["pieces", "context", "layers", "reserve", "cpu"]
 
-LEAST_PIECE, LEAST_CONTEXT = 64, 512  # tokens
-_USUAL_PIECE = 256  # where an engine does not tell
+LEAST_PIECE = 64  # tokens
 _FIRST_RESERVE, _MOST_RESERVE = 1_000_000_000, 4_000_000_000  # bytes of a card left free
 
 
@@ -37,6 +36,12 @@ class Trouble:
             return None
         stage: Stage = next((s for s in get_args(Stage) if s == error.values.get("stage")), "decode")
         return cls(stage, error.values.get("device", "cpu"))
+
+
+def at_foot(trouble: Trouble) -> EngineError:
+    """What is told where no rung is left: whose memory ran out at what, and what helps there."""
+    case = f"{trouble.stage}_{'ram' if trouble.device == 'cpu' else 'card'}"
+    return EngineError("out_of_memory", case=case, stage=trouble.stage, device=trouble.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def _steps(spec: EngineSpec, family: str, trouble: Trouble) -> list[Step]:
 
 def _smaller_pieces(spec: EngineSpec, info: EngineInfo) -> Rung | None:
     """A quarter of them: each rung costs a load."""
-    now = spec.prefill_piece or info.prefill_piece or _USUAL_PIECE
+    now = spec.prefill_piece or info.prefill_piece or PIECE
     if now <= LEAST_PIECE:
         return None
     piece = max(LEAST_PIECE, now // 4)
@@ -146,7 +151,7 @@ class Ladder:
         """What an engine process is to hold now."""
         if self._rung is None or self.chosen is None:
             return self.chosen
-        return replace(self._rung.spec, prefix=self.chosen.prefix, adapter=self.chosen.adapter)
+        return replace(self._rung.spec, prefix=self.chosen.prefix, adapter=self.chosen.adapter, hasty=True)
 
     @property
     def reason(self) -> str:

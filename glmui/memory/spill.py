@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmui import notes
+from glmui.memory.visible import in_use
 from glmui.meter import Card, Meter, User
 from glmui.types import EngineInfo, Usage
 
@@ -119,8 +120,8 @@ class SpillWatch:
             return ""
 
     def _full_card(self, info: EngineInfo) -> Card | None:
-        """The fullest card, where that is nearly full. (Its number need not be the one torch gives it.)"""
-        cards = [card for card in self._meter.read(info.pid).cards if card.used and card.total]
+        """The fullest of the cards that it computes on, where that is nearly full."""
+        cards = in_use(self._meter.read(info.pid).cards, info)
         return max((card for card in cards if fullness(card) >= NEARLY_FULL), key=fullness, default=None)
 
     def _notes(self, speed: Speed, normal: float, card: Card, engine_pid: int | None) -> str:

@@ -14,6 +14,7 @@ _CARD_MEMORY = re.compile(
     r"(CUDA|HIP|MPS backend) out of memory|(CUDA|HIP)( driver)? error: out of memory"
     r"|CU[A-Z]+_STATUS_ALLOC_FAILED|(HIP|ROC)BLAS_STATUS_(ALLOC_FAILED|MEMORY_ERROR)"
     r"|CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate"  # there was no room for its handle
+    r"|NVML_SUCCESS == .*CUDACachingAllocator"  # torch's, when it cannot even tell how full the card is
     r"|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|^out of memory$",  # the last in the driver's words
     re.IGNORECASE,
 )
@@ -24,7 +25,8 @@ _RAM = re.compile(
 _FAULT = re.compile(
     r"device-side assert|illegal (memory access|address|instruction)|misaligned address|hardware stack error"
     r"|invalid program counter|unspecified launch failure|launch timed out|uncorrectable ECC"
-    r"|CUBLAS_STATUS_EXECUTION_FAILED|GPU is lost|CUDA error: unknown error",
+    r"|CUBLAS_STATUS_EXECUTION_FAILED|GPU is lost"
+    r"|context is destroyed|(CUDA|HIP) error: unknown error|^unknown error$",  # in the driver's words
     re.IGNORECASE,
 )
 _CARD_NUMBER = re.compile(r"GPU (\d+)")
