@@ -41,6 +41,7 @@ from glmui.doctor.ask import Report, ask
 from glmui.doctor.examine import CHECKS, Check, examine, mend
 from glmui.doctor.finding import Finding, ok, problem
 from glmui.doctor.world import Memory, World, read_settings
+from glmui.meter import Card, Reading
 from glmui.settings import Settings
 from glmui.store import Store
 from glmui.ui import present_doctor
@@ -506,6 +507,42 @@ def test_where_the_chosen_model_would_go(
     assert finding.status == said[1]
     for words in said[2:]:
         assert words in finding.detail("en") + finding.cure("en")
+
+
+def test_the_plan_shows_what_goes_where(world: World) -> None:
+    card = {**CARD, "free": int(5.6 * GB)}
+    chosen = with_torch(
+        with_settings(world, model=str(shape_of_chatglm(world))), **{**ON_CARD, "cards": [card]}
+    )
+    (finding,) = checks_plan.plan(chosen)
+    for language, words in (("en", "layers 0 to 24"), ("zh", "第 0 至 24 层")):
+        rows = [row for row in finding.detail(language).splitlines() if words in row]
+        assert len(rows) == 1
+        assert re.search(r"cuda:0 +[\d,]+ MB$", rows[0])
+    told = report.lines([finding], "en")
+    (row,) = (line for line in "\n".join(told).splitlines() if "layers 25 to 27" in line)
+    assert row.startswith(" " * 10), "below its sentence"
+    assert "<br>" in present_doctor.findings([finding], "en")
+
+
+def test_what_our_own_loaded_model_holds_is_free_for_the_next(world: World) -> None:
+    """On the page, beside a loaded model that has filled the card and the RAM."""
+    full = replace(world, memory=lambda: Memory(16 * GB, 2 * GB, 0))
+    chosen = with_settings(full, model=str(shape_of_chatglm(full)))
+    chosen = with_torch(chosen, **{**ON_CARD, "cards": [{**CARD, "free": 1 * GB}]})
+    ours = Card(0, "", 5 * GB, 6 * GB, 5 * GB)
+    reading = Reading((ours,), 14 * GB, 16 * GB, 9 * GB, "", 4 * GB)
+    (short,) = checks_plan.plan(with_settings(chosen, device="cuda"))
+    (well,) = checks_plan.plan(with_settings(replace(chosen, engine=reading), device="cuda"))
+    assert (short.key, well.key) == ("plan_short", "plan_fine")
+    on_cpu = with_settings(chosen, device="cpu")
+    assert found(checks_plan.plan, on_cpu) == ["plan_short"]
+    assert found(checks_plan.plan, replace(on_cpu, engine=reading)) == ["plan_fine"]
+    large = model_folder(full, 4 * GB)
+    assert found(checks_machine.memory, large) == ["memory_taken"]
+    assert found(checks_machine.memory, replace(large, engine=reading)) == ["memory_loaded"]
+    tight = replace(large, engine=replace(reading, engine_private=3 * GB))
+    assert found(checks_machine.memory, tight) == ["memory_taken"], "pages of files are free already"
 
 
 def test_where_no_plan_can_tell_the_others_do(world: World) -> None:

@@ -16,7 +16,7 @@ from glmui.errors import InvalidInput, ModelError
 from glmui.memory import forecast as module
 from glmui.memory.forecast import explain, forecast, machine_of
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import GIB, Machine, Wish, plan
+from glmui.memory.plan import GIB, Machine, PlanRequest, plan
 from glmui.memory.published import SHAPES
 from glmui.meter import Card, Reading
 from glmui.types import EngineSpec
@@ -110,7 +110,9 @@ def test_nothing_is_foretold_of_what_no_plan_knows(
 
 @pytest.mark.parametrize("language", i18n.LANGUAGES)
 def test_a_table_adds_up(language: str) -> None:
-    for cards, wish in product(((), (2,), (4,), (6,), (4, 4)), (Wish(), Wish(head_bits=8, cache="int8"))):
+    for cards, wish in product(
+        ((), (2,), (4,), (6,), (4, 4)), (PlanRequest(), PlanRequest(head_bits=8, kv_cache="int8"))
+    ):
         found = plan(SIZE, Machine(tuple(card * GIB for card in cards), 16 * GIB), wish)
         told = explain(found, SIZE, language)
         totals = dict.fromkeys(found.on, 0)
@@ -124,15 +126,15 @@ def test_a_table_adds_up(language: str) -> None:
 @pytest.mark.parametrize(
     ("cards", "ram", "wish", "advice"),
     [
-        ((6,), 16, Wish(), ""),
-        ((5.3,), 16, Wish(), "head_bits = 8"),
-        ((5,), 16, Wish(cache="fp16"), "head_bits = 8, kv_cache = int8"),
-        ((5.3,), 16, Wish("cuda"), "--context"),
-        ((2,), 16, Wish("cuda"), "Close other programs"),
-        ((), 4, Wish(cache="fp16"), "from the disk"),
+        ((6,), 16, PlanRequest(), ""),
+        ((5.3,), 16, PlanRequest(), "head_bits = 8"),
+        ((5,), 16, PlanRequest(kv_cache="fp16"), "head_bits = 8, kv_cache = int8"),
+        ((5.3,), 16, PlanRequest("cuda"), "--context"),
+        ((2,), 16, PlanRequest("cuda"), "Close other programs"),
+        ((), 4, PlanRequest(kv_cache="fp16"), "from the disk"),
     ],
 )
-def test_advice(cards: tuple[float, ...], ram: float, wish: Wish, advice: str) -> None:
+def test_advice(cards: tuple[float, ...], ram: float, wish: PlanRequest, advice: str) -> None:
     found = plan(SIZE, Machine(tuple(int(card * GIB) for card in cards), int(ram * GIB)), wish)
     told = explain(found, SIZE, "en")
     assert advice in told.advice
@@ -141,7 +143,7 @@ def test_advice(cards: tuple[float, ...], ram: float, wish: Wish, advice: str) -
 
 
 def test_a_single_layer_is_called_one() -> None:
-    found = plan(SIZE, Machine((24 * GIB,), 16 * GIB), Wish(layers_on_card=27))
+    found = plan(SIZE, Machine((24 * GIB,), 16 * GIB), PlanRequest(layers_on_gpu=27))
     parts = [row.part for row in explain(found, SIZE, "en").rows]
     assert "layers 0 to 26" in parts
     assert "layer 27" in parts

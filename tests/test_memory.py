@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from glmui.errors import InvalidInput
+from glmui.i18n import Words
+from glmui.memory.forecast import Forecast
 from glmui.memory.plan import CUDA_CONTEXT
+from glmui.meter import Reading
 from glmui.types import EngineSpec
+from glmui.ui import desk as desk_module
 from glmui.ui import memory as memory_module
 from glmui.ui import present_plan
 from glmui.ui.memory import Memory
 from glmui.ui.memory_events import MemoryEvents
-from glmui.ui.words import Words
 from tests.card_world import CARD, GIB, HELD, CardWorld
 
 GB = 10**9
@@ -212,6 +215,26 @@ def test_a_driver_that_still_counts_it_is_not_waited_for_for_ever(
     assert "The driver still counts it as used" in list(events.free())[1]
 
 
+def test_cards_go_by_the_names_that_torch_has_for_them(
+    world: CardWorld, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one card hidden torch's cuda:0 is NVML's second: on offer, and when it was set free."""
+    monkeypatch.setattr(world.card, "nvmlDeviceGetCount", lambda: 2)
+    assert [name for _, name in world.page.devices("en")] == ["auto", "cpu", "cuda:0", "cuda:1", "mixed"]
+    monkeypatch.setattr(world.card, "nvmlDeviceGetName", lambda index: f"card {index}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    offered = world.page.devices("en")
+    assert [name for _, name in offered] == ["auto", "cpu", "cuda:0", "mixed"]
+    assert offered[2][0] == "card 1 (cuda:0)"
+    world.card.tells_owners = False
+    wake(world)
+    freed = memory.free()
+    assert freed
+    assert [before.index for before, _ in freed.cards] == [1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert [name for _, name in world.page.devices("en")] == ["auto", "cpu", "mixed"]
+
+
 def test_a_driver_that_does_not_tell_whose_memory_it_is(world: CardWorld, memory: Memory) -> None:
     """As on Windows: then the engine's own word decides which cards it was on."""
     world.card.tells_owners = False
@@ -221,3 +244,60 @@ def test_a_driver_that_does_not_tell_whose_memory_it_is(world: CardWorld, memory
     assert freed.told
     (pair,) = freed.cards
     assert (pair[0].used or 0) - (pair[1].used or 0) == HELD
+
+
+def test_the_doctor_is_told_what_the_loaded_model_holds(
+    world: CardWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Reading | None] = []
+    monkeypatch.setattr(desk_module, "examine", lambda machine: [])
+    monkeypatch.setattr(desk_module, "this_machine", lambda *_, engine=None, **others: asked.append(engine))
+    world.page.examine()
+    wake(world)
+    world.page.examine()
+    assert asked[0] is None
+    assert asked[1]
+    assert asked[1].cards[0].own == HELD
+
+
+def test_a_tick_asks_no_more_often_than_it_must(world: CardWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading takes some milliseconds, and every page asks every two seconds."""
+    desk, foreseen = world.page, list[EngineSpec]()
+    foresee = world.service.foresee
+
+    def watched(spec: EngineSpec) -> Forecast | None:
+        foreseen.append(spec)
+        return foresee(spec)
+
+    monkeypatch.setattr(world.service, "foresee", watched)
+    MemoryEvents(desk.memory, Words("en")).controls()
+    assert len(foreseen) == 1
+    reading = world.meter.read(None)
+    monkeypatch.setattr(world.meter, "read", lambda pid: pytest.fail("it was read already"))
+    assert desk.shelf.look(reading).memory is reading
+
+
+def test_ram_for_pages_of_files_alone_leaves_the_room(
+    world: CardWorld, events: MemoryEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works, slowly: line, table and outlook say so together."""
+    world.choice.change(device="cpu")
+    reading = replace(world.meter.read(None), ram_total=8 * GIB, ram_used=int(3.5 * GIB))
+    monkeypatch.setattr(world.meter, "read", lambda pid: reading)
+    line, _ = events.plan(False, None, "", "")
+    assert 'class="plan short"' in line
+    assert "room for about 2,0" in line
+    assert "It works, but slowly" in line
+    assert "Plan for a conversation of 7" in line
+    here = world.conversation()
+    left = world.service.room_left(here)
+    assert left is not None
+    assert left.tokens > 1900
+    reading = replace(reading, ram_used=int(4 * GIB))
+    line, _ = events.plan(False, None, "", "")
+    assert "room for about 2,0" in line
+    assert "read from the disk" in line
+    reading = replace(reading, ram_used=int(6.6 * GIB))
+    line, _ = events.plan(False, None, "", "")
+    assert "room for" not in line
+    assert "Close other programs. With a conversation of" in line

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from glmui.glm.cache import KVCache
+from glmui.engine.placement import cache_dtype
+from glmui.glm.adapter import Adapter, attach
+from glmui.glm.cache import KVCache, Prefix
 from glmui.glm.chatglm2 import ChatGLM2Model
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig, read_config
 from glmui.glm.model import ChatGLMModel
 from glmui.memory import model_size
-from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.fitting import request_of
+from glmui.memory.model_size import CPU, ModelSize, matrices
 from glmui.memory.published import SHAPES
 from glmui.quant import linear, quantize
+from glmui.types import EngineSpec
 
 SMALL = GLMConfig(
     *(2000, 256, 1024, 1, 8), mask_token_id=1000, gmask_token_id=1001, bos_token_id=1002, eos_token_id=1003
@@ -66,6 +70,39 @@ def test_reading_a_prompt_takes_what_was_foretold(
         assert took <= foretold <= 1.5 * took, (count, piece)
 
 
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("config", [SMALL, SMALL2], ids=["chatglm", "chatglm2"])
+def test_so_it_does_beside_a_prefix_and_an_adapter(
+    config: AnyConfig, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "rows_of", lambda columns: (1 << 15) // columns)
+    monkeypatch.setattr(model_size, "_WIDENING_CPU", 0)
+    model, count, front = model_of(config, bits), 500, 128
+    model.piece, model.cache_dtype = 128, torch.float16
+    model.prefix = Prefix(torch.zeros(2, config.kv_heads, front, config.head_size))
+    shapes = matrices(config)
+    attach(model, Adapter({name: _pair(*shapes[part]) for name, part in linears(model)}))
+    size = ModelSize.of(config, bits).with_extras(front, sum(4 * sum(shape) for shape in shapes.values()))
+    ids = torch.tensor([[5] * (count - 2) + [1001, 1002]])
+    kept = model.new_cache(count)
+    with torch.inference_mode():
+        model(ids, model.layout(ids), kept, last_only=True)
+        kept.trim(0)
+        took = peak_bytes(lambda: model(ids, model.layout(ids), kept, last_only=True))
+    foretold = size.scratch_bytes(CPU, count, "fp16", 128)
+    assert took <= foretold <= 1.5 * took
+
+
+def linears(model: AnyModel) -> list[tuple[str, str]]:
+    """Names of the blocks' linear layers, and which part each is."""
+    inside = [(name, name.rpartition(".")[2]) for name, _ in model.named_modules() if ".layers." in name]
+    return [(name, part) for name, part in inside if part in matrices(model.config)]
+
+
+def _pair(rows: int, columns: int, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rank, columns), torch.zeros(rows, rank)
+
+
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
 def test_weights_take_what_was_foretold(tiny_chatglm: Callable[[str], Path], kind: str) -> None:
     folder = tiny_chatglm(kind)
@@ -101,6 +138,18 @@ def test_keys_and_values_take_what_was_foretold(config: AnyConfig, cache: str) -
     tensors = (room.keys, room.values, room.key_scale, room.value_scale)
     taken = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     assert taken == size.cache_bytes(CPU, 300, cache)
+
+
+def test_fp32_keeps_what_a_layer_computes_in() -> None:
+    """Which on a card is float16: so the engine keeps it, and so it is counted."""
+    size = ModelSize.of(SHAPES["chatglm-6b-int4"])
+    exact = EngineSpec("", "", kv_cache="fp32")
+    assert cache_dtype(exact) is None
+    asked = request_of(exact).kv_cache
+    assert size.cache_bytes("cuda:0", 100, asked) == size.cache_bytes("cuda:0", 100, "fp16")
+    assert size.cache_bytes(CPU, 100, asked) == 2 * size.cache_bytes(CPU, 100, "fp16")
+    room = KVCache(1, 300, cache_dtype(exact)).take(0, torch.zeros(1, dtype=torch.float16), 1, 2, 8)
+    assert room.keys.dtype == torch.float16
 
 
 def test_a_quantised_head_takes_half_and_leaves_the_embedding_in_its_file() -> None:

@@ -16,9 +16,9 @@ from glmui.engine.placement import DeviceMap, Placement, device_map, placement
 from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import load_model
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, GIB, PIECE, Machine, Wish, plan
+from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, PlanRequest, plan
 from glmui.memory.published import SHAPES
-from glmui.types import EngineSpec
+from glmui.types import PIECE, EngineSpec
 
 FULL = SHAPES["chatglm-6b"]
 SPEC = EngineSpec("", "", quantize="int4")
@@ -32,7 +32,9 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def have(*free: float, ram: float = 16) -> None:
         there = [f"cuda:{n}" for n in range(len(free))]
-        monkeypatch.setattr("glmui.engine.device.free_on_cards", lambda: tuple(int(n * GIB) for n in free))
+        monkeypatch.setattr(
+            "glmui.engine.device.free_on_cards", lambda wish: tuple(int(n * GIB) for n in free)
+        )
         monkeypatch.setattr("glmui.engine.device.available_devices", lambda: [*there, "cpu"])
         memory = SimpleNamespace(available=int(ram * GIB))
         monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
@@ -122,7 +124,7 @@ def test_a_dtype_is_taken_everywhere_but_beside_a_card(cards: Callable[..., None
 
 def test_no_plan_is_made_for_apples_chips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glmui.engine.device.available_devices", lambda: ["mps", "cpu"])
-    monkeypatch.setattr("glmui.engine.device.free_on_cards", lambda: ())
+    monkeypatch.setattr("glmui.engine.device.free_on_cards", lambda wish: ())
     found = placement(SPEC, FULL)
     assert (found.device, found.plan, found.room, found.piece) == ("mps", None, 0, PIECE)
     assert where(found, LAST) == ("mps", torch.float16)
@@ -145,9 +147,9 @@ def test_layers_beside_a_card_compute_on_the_cpu(
 ) -> None:
     """Without a card: the "card" is the CPU in bfloat16, so that the seam between dtypes is real."""
     size = ModelSize.of(FULL, 4)
-    spread = plan(size, Machine((4 * GIB,), 16 * GIB), Wish())
+    spread = plan(size, Machine((4 * GIB,), 16 * GIB), PlanRequest())
     followed = replace(spread, layers=("cpu:0", "cpu:0", "cpu:0", "cpu"), head="cpu:0", embedding="cpu:0")
-    monkeypatch.setattr("glmui.engine.placement.plan", lambda size, machine, wish: followed)
+    monkeypatch.setattr("glmui.engine.placement.plan", lambda size, machine, request: followed)
     monkeypatch.setattr("glmui.engine.placement.room", lambda spec, size, found: 2048)
     found = placement(replace(SPEC, device="mixed"), FULL, torch.bfloat16)
     model = load_model(tiny_chatglm("int4"), found.place)
@@ -191,6 +193,7 @@ def test_the_context_that_asking_opens_counts_as_free(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     free = (before - CUDA_CONTEXT // 2, total - 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card], total))
-    assert devices.free_on_cards() == (before, total)
+    assert devices.free_on_cards("auto") == (before, total)
     size = ModelSize.of(SHAPES["chatglm-6b-int4"])
-    assert plan(size, Machine(devices.free_on_cards()[:1], 16 * GIB), Wish()).layers_on_card == 28
+    here = Machine(devices.free_on_cards("auto")[:1], 16 * GIB)
+    assert plan(size, here, PlanRequest()).layers_on_card == 28

@@ -41,10 +41,17 @@ def memory(world: World) -> Iterator[Finding]:
         yield problem("memory", "memory_too_small", **values)
     elif need > now.total:
         yield warning("memory", "memory_swaps", **values)
-    elif need > now.available:
+    elif need > now.available + _held(world):
         yield warning("memory", "memory_taken", **values)
+    elif need > now.available:
+        yield ok("memory", "memory_loaded", **values, own=_gb(_held(world)))
     else:
         yield ok("memory", "memory_enough", **values)
+
+
+def _held(world: World) -> int:
+    """Bytes of RAM that our own engine process gives back when another model is loaded."""
+    return (world.engine.engine_private or 0) if world.engine else 0
 
 
 def _needed(world: World) -> float:

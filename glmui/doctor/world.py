@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glmui.doctor.ask import HOME, Report, ask
 from glmui.errors import GlmuiError, InvalidInput
 from glmui.settings import Settings, load
+
+if TYPE_CHECKING:
+    from glmui.meter import Reading
 
 # The module of each distribution, where the names differ. cpm_kernels may fail to import and be of use (its
 # parts are taken one by one), and torch has a process of its own.
@@ -82,8 +85,9 @@ class World:
 
     settings_error: why the settings could not be read; `settings` are the defaults then. verify: read the
     model's files through. home: the folder of requirements.txt. torch, packages: what the processes found
-    that import them. nvml: a module with pynvml's functions; pynvml itself when None. pci: where Linux lists
-    devices.
+    that import them. engine: what a meter read of our own engine process, which ends before another model is
+    loaded; None where there is none. nvml: a module with pynvml's functions; pynvml itself when None.
+    pci: where Linux lists devices.
     """
 
     settings: Settings
@@ -100,6 +104,7 @@ class World:
     version_of: Callable[[str], str | None] = version_of
     torch: Callable[[], Report] = lambda: ask("glmui.engine.torch_facts")
     packages: Callable[[], Report] = lambda: ask("glmui.doctor.imports")
+    engine: Reading | None = None
     nvml: Any = None
     pci: Path = Path("/sys/bus/pci/devices")
     memory: Callable[[], Memory] = memory
@@ -122,11 +127,16 @@ class World:
 
 
 def this_machine(
-    settings: Settings, error: GlmuiError | None = None, verify: bool = False, encoding: str | None = None
+    settings: Settings,
+    error: GlmuiError | None = None,
+    verify: bool = False,
+    encoding: str | None = None,
+    engine: Reading | None = None,
 ) -> World:
     """The world as it is. Both processes are started now, and waited for by who asks first.
 
     encoding: of the terminal, where it is another than this program's; "" where nobody looks at one.
+    engine: see World.
     """
     pool = ThreadPoolExecutor(2, thread_name_prefix="doctor")
     world = World(settings, error, verify, encoding=terminal_encoding() if encoding is None else encoding)
@@ -135,7 +145,7 @@ def this_machine(
     torch = pool.submit(ask, "glmui.engine.torch_facts")
     packages = pool.submit(ask, "glmui.doctor.imports", *modules)
     pool.shutdown(wait=False)
-    return replace(world, torch=torch.result, packages=packages.result)
+    return replace(world, engine=engine, torch=torch.result, packages=packages.result)
 
 
 def read_settings(flags: Mapping[str, Any]) -> tuple[Settings, GlmuiError | None]:

@@ -14,11 +14,12 @@ from glmui import i18n
 from glmui.engine import device as devices
 from glmui.glm.checkpoint import AnyModel, Place, everything_on
 from glmui.glm.config import AnyConfig
-from glmui.memory.fitting import room, wish_of
-from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import PIECE, Machine, Plan, plan
+from glmui.memory.fitting import request_of, room
+from glmui.memory.model_size import CPU
+from glmui.memory.plan import Machine, Plan, plan
+from glmui.memory.sizing import size_of
 from glmui.quant.fast import KernelLinear
-from glmui.types import BITS, EngineSpec
+from glmui.types import PIECE, EngineSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def placement(spec: EngineSpec, config: AnyConfig, dtype: torch.dtype | None = N
     dtype: what is computed in; None is float32 on a CPU, where it is exact, and float16 on a card.
     Raises InvalidInput("device_missing").
     """
-    cards = devices.free_on_cards()
+    cards = devices.free_on_cards(spec.device)
     if not cards and spec.device not in (CPU, "mixed"):
         device = devices.resolve_device(spec.device)  # "mps", or else it raises what is missing
         if device != CPU:
@@ -64,9 +65,9 @@ def placement(spec: EngineSpec, config: AnyConfig, dtype: torch.dtype | None = N
                 place, device, dtype or torch.float16, _reason(device), room=spec.context_most, piece=piece
             )
     computed = dtype or torch.float16
-    size = ModelSize.of(config, BITS[spec.quantize], computed.itemsize)
+    size = size_of(spec, config, computed.itemsize)
     capped = tuple(min(free, spec.vram_cap or free) for free in cards)
-    found = plan(size, Machine(capped, psutil.virtual_memory().available), wish_of(spec))
+    found = plan(size, Machine(capped, psutil.virtual_memory().available), request_of(spec))
     tokens = room(spec, size, found)
     if {*found.layers} == {CPU}:
         computed = dtype or torch.float32
@@ -136,7 +137,8 @@ def _place_of(part: nn.Module) -> tuple[str, int]:
 
 
 def cache_dtype(spec: EngineSpec) -> torch.dtype | None:
-    """What keys and values are kept in on a CPU; None for what a layer computes in."""
+    """What keys and values are kept in; None for what a layer computes in. That is what "fp32" means, too:
+    float32 on a CPU, and on a card float16, in which they were computed."""
     if spec.kv_cache == "auto":
         return None if spec.cpu_precision == "exact" else torch.float16
     kinds = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}

@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from glmui import i18n
 from glmui.engine.model_folder import describe
 from glmui.glm.config import read_config
-from glmui.memory.fitting import context_that_fits, layers_that_fit, lighter, room, wish_of
+from glmui.memory import sizing
+from glmui.memory.fitting import context_that_fits, layers_that_fit, lighter, request_of, room, slow_context
+from glmui.memory.free import free_on, free_ram
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, Machine, Plan, Wish, plan, program_bytes
+from glmui.memory.plan import CUDA_CONTEXT, Machine, Plan, PlanRequest, plan, program_bytes
 from glmui.memory.pretended import pretended
-from glmui.meter import Card, Reading
-from glmui.types import BITS, EngineSpec
+from glmui.memory.visible import PART, visible
+from glmui.meter import Reading
+from glmui.types import EngineSpec
 
 Say = Callable[..., str]
 
-# What a Windows desktop holds of a card, where the driver does not tell whose memory is whose.
-_DESKTOP = 1_000_000_000
 _ROCM = Path("/dev/kfd")  # there where Linux can compute on an AMD card
 
 
@@ -78,7 +78,7 @@ def foreseen(spec: EngineSpec, size: ModelSize, machine: Machine) -> Forecast | 
     machine = replace(machine, cards=tuple(min(free, spec.vram_cap or free) for free in machine.cards))
     if not machine.cards and spec.device != CPU and (spec.device == "mps" or _has_other_card()):
         return None
-    found = plan(size, machine, wish_of(spec))
+    found = plan(size, machine, request_of(spec))
     return Forecast(size, machine, found, room(spec, size, found))
 
 
@@ -90,37 +90,20 @@ def _known(spec: EngineSpec, reading: Reading, held: bool) -> tuple[ModelSize, M
 
 
 def size_of(spec: EngineSpec) -> ModelSize | None:
-    """The size of a spec's model, None where it is none of the ChatGLMs. Raises ModelError."""
+    """The size of a spec's model and its extras, None where it is no ChatGLM. Raises ModelError."""
     if describe(spec.folder).family != "chatglm":
         return None
-    return ModelSize.of(read_config(Path(spec.folder), spec.chatglm_family), BITS[spec.quantize])
+    return sizing.size_of(spec, read_config(Path(spec.folder), spec.chatglm_family))
 
 
 def machine_of(
     reading: Reading, held: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Machine | None:
-    """What is free here; None where the RAM cannot be read."""
-    if reading.ram_total is None or reading.ram_used is None:
+    """What is free here; None where the RAM cannot be read, or torch sees a part of a card (MIG)."""
+    ram, cards = free_ram(reading, held), visible(reading.cards, environ).values()
+    if ram is None or PART in cards:
         return None
-    free = reading.ram_total - reading.ram_used + (reading.engine_private or 0) * held
-    cards = _visible(reading.cards, environ.get("CUDA_VISIBLE_DEVICES"))
-    return Machine(tuple(_free(card, held) for card in cards), min(free, reading.ram_total))
-
-
-def _visible(cards: Sequence[Card], wish: str | None) -> Sequence[Card]:
-    """The cards that torch will see, in its order. (Where the variable holds their names: all.)"""
-    names = [name.strip() for name in (wish or "").split(",")] if wish is not None else []
-    if wish is not None and not all(name.isdecimal() for name in names):
-        return () if wish.strip() in ("", "-1") else cards
-    by_index = {card.index: card for card in cards}
-    return cards if wish is None else [by_index[int(name)] for name in names if int(name) in by_index]
-
-
-def _free(card: Card, held: bool) -> int:
-    if card.total is None or card.used is None:
-        return 0
-    own = card.own if card.own is not None else max(0, card.used - _DESKTOP)
-    return min(card.total, card.total - card.used + own * held)
+    return Machine(tuple(free_on(card, held) for card in cards), ram)
 
 
 def _has_other_card() -> bool:
@@ -131,32 +114,47 @@ def _has_other_card() -> bool:
 
 def explain(found: Plan, size: ModelSize, language: str) -> Explanation:
     """A plan in words: for the command line, the doctor and the page."""
+    advised = advice(found, size, language)
+    notes = (*notes_of(found, language), *([advised] if advised else []))
+    return Explanation(sentence(found, size, language), rows_of(found, size, language), notes, advised)
 
-    def say(key: str, **values: Any) -> str:
-        return i18n.text(language, f"plan.{key}", **values)
 
+def sentence(found: Plan, size: ModelSize, language: str) -> str:
+    """Where the layers go."""
     on_card = found.layers_on_card
     count = {"on_card": on_card, "on_cpu": size.layers - on_card, "layers": size.layers}
-    sentence = say(found.reason, **count, context=f"{found.wish.context:,}")
-    advice = _advice(found, size, say)
-    notes = (*_notes(found, say), *([advice] if advice else []))
-    return Explanation(sentence, tuple(_rows(found, size, say)), notes, advice)
+    return _sayer(language)(found.reason, **count, context=f"{found.request.context:,}")
+
+
+def rows_of(found: Plan, size: ModelSize, language: str) -> tuple[Row, ...]:
+    """What is where."""
+    return tuple(_rows(found, size, _sayer(language)))
+
+
+def notes_of(found: Plan, language: str) -> tuple[str, ...]:
+    """How full each device gets, and what is missing."""
+    return tuple(_notes(found, _sayer(language)))
+
+
+def _sayer(language: str) -> Say:
+    return lambda key, **values: i18n.text(language, f"plan.{key}", **values)
 
 
 def _rows(found: Plan, size: ModelSize, say: Say) -> Iterator[Row]:
-    wish = found.wish
-    apart = size.embedding_apart(wish.head_bits)
+    asked = found.request
+    apart = size.embedding_apart(asked.head_bits)
     if apart:
         yield Row(say("embedding"), found.embedding, 0)
-    yield Row(say("head" if apart else "table"), found.head, size.head_bytes(found.head, wish.head_bits))
+    yield Row(say("head" if apart else "table"), found.head, size.head_bytes(found.head, asked.head_bits))
     for device, group in groupby(enumerate(found.layers), key=lambda pair: pair[1]):
         numbers = [number for number, _ in group]
-        each = size.layer_bytes(device) + size.cache_bytes(device, wish.context, wish.cache)
-        key = "layers" if len(numbers) > 1 else "layer"
-        yield Row(say(key, first=numbers[0], last=numbers[-1]), device, len(numbers) * each)
+        first, last = numbers[0], numbers[-1]
+        cache = len(numbers) * size.cache_bytes(device, asked.context, asked.kv_cache)
+        taken = size.layers_bytes(device, range(first, last + 1)) + cache
+        yield Row(say("layers" if last > first else "layer", first=first, last=last), device, taken)
     for device in dict.fromkeys(found.layers):
-        scratch = size.scratch_bytes(device, wish.context, wish.cache, wish.piece)
-        yield Row(say("scratch", piece=wish.piece), device, scratch)
+        scratch = size.scratch_bytes(device, asked.context, asked.kv_cache, asked.prefill_piece)
+        yield Row(say("scratch", piece=asked.prefill_piece), device, scratch)
     yield Row(say("program"), CPU, program_bytes(found.head))
 
 
@@ -168,25 +166,28 @@ def _notes(found: Plan, say: Say) -> Iterator[str]:
         yield say("short_ram" if device == CPU else "short", device=device, gb=_gb(missing))
 
 
-def _advice(found: Plan, size: ModelSize, say: Say) -> str:
-    """What could be done where something is short, or layers could be on a card and are not."""
+def advice(found: Plan, size: ModelSize, language: str) -> str:
+    """What could be done where something is short, or layers could be on a card and are not; else ""."""
+    say = _sayer(language)
     if not found.short:
         less = lighter(size, found)
-        return say(_sacrifice(less, found.wish), layers=size.layers) if less else ""
-    if fits := context_that_fits(size, found.machine, found.wish):
-        return say("shorter_context", context=fits)
+        return say(_sacrifice(less, found.request), layers=size.layers) if less else ""
+    if fits := context_that_fits(size, found.machine, found.request):
+        return say("slow_or_shorter" if found.slow else "shorter_context", context=fits)
     if most := layers_that_fit(size, found):
         return say("fewer_layers", most=most, layers=size.layers)
-    if set(found.short) == {CPU} and found.short[CPU] <= found.mapped:
+    if found.slow:
         return say("from_disk")
+    if slow := slow_context(size, found):
+        return say("slow_if_shorter", context=slow)
     return say("smaller_model" if size.bits > 4 else "close_programs")
 
 
-def _sacrifice(less: Wish, wish: Wish) -> str:
-    """In which of the two a lighter wish differs."""
-    if less.cache == wish.cache:
+def _sacrifice(less: PlanRequest, asked: PlanRequest) -> str:
+    """In which of the two a lighter request differs."""
+    if less.kv_cache == asked.kv_cache:
         return "lighter_head"
-    return "lighter_cache" if less.head_bits == wish.head_bits else "lighter_both"
+    return "lighter_cache" if less.head_bits == asked.head_bits else "lighter_both"
 
 
 def _gb(count: int) -> str:

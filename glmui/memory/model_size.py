@@ -6,7 +6,8 @@ holds it against what torch's allocator really gave out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from glmui.glm.config import AnyConfig, GLMConfig
 
@@ -20,31 +21,66 @@ _WIDENING = 2**26
 # at most live at once, in float32), and what the C kernels take for each thread.
 _WIDENING_CPU = 2**24
 
-# Bytes of a number in the KV cache. "auto" is not here: it is what a layer computes in.
-_CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+# Bytes of a number in the KV cache. "auto" and "fp32" are not here: nothing is rounded, what a layer computes
+# in is kept, which is float32 on a CPU and float16 on a card.
+_CACHE_BYTES = {"fp16": 2, "bf16": 2, "int8": 1}
 _SCALE = 2  # bytes of an int8 cache's scale, which each head has for each token
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSize:
-    """A model in numbers. Counts are of numbers, not bytes; `layer_` ones are of one layer.
+class Forms:
+    """How a folder of glmui's own keeps its layers, where that is not as published.
 
-    bits: of the weights in a layer, 4, 8 or 16. table_bits: of embedding and output head. tied: whether these
-    two are one table. layer_floats: biases, norms and scales. kv_width: of a token's keys; its values are as
-    many. whole: whether a prompt goes through each layer as a whole (ChatGLM-6B) or piece by piece through
-    all of them. positions: tokens that the model was trained for. card_float: bytes of a number that a card
-    computes with.
+    group: columns that share a scale, 0 for whole rows. bits: of those matrices that have others than most,
+    by layer and part.
     """
 
-    layers: int
+    group: int = 0
+    bits: Mapping[tuple[int, str], int] = field(default_factory=dict)
+
+
+AS_PUBLISHED = Forms()
+
+
+def matrices(config: AnyConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the linear layers of a block, by their published names."""
+    width = config.hidden_size
+    if isinstance(config, GLMConfig):
+        queries, attended = 3 * width, width
+        inner = narrow = config.inner_hidden_size
+    else:
+        queries, attended = config.qkv_width, config.query_width
+        inner, narrow = 2 * config.ffn_hidden_size, config.ffn_hidden_size  # its half gates the other
+    return {
+        "query_key_value": (queries, width),
+        "dense": (width, attended),
+        "dense_h_to_4h": (inner, width),
+        "dense_4h_to_h": (width, narrow),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """A model in numbers.
+
+    stored: bytes of each layer's quantised weights. floats: numbers in each layer that are floats: biases,
+    norms, scales, an adapter, and weights that are not quantised. bits: of most weights, 4, 8 or 16.
+    kv_width: numbers in a token's keys; its values are as many. table_weights: numbers in embedding and
+    output head, of table_bits each, with table_scales; tied: whether these two are one table. whole: whether
+    a prompt goes through each layer as a whole (ChatGLM-6B) or piece by piece through all of them. positions:
+    tokens that the model was trained for. card_float: bytes of a number that a card computes with. front:
+    entries of a prefix, which stand in the cache before all tokens. adapted: whether there is an adapter.
+    """
+
+    stored: tuple[int, ...]
+    floats: tuple[int, ...]
     bits: int
-    layer_weights: int
-    layer_floats: int
     kv_width: int
     kv_heads: int
     heads: int
     table_weights: int
     table_bits: int
+    table_scales: int
     tied: bool
     width: int
     inner: int
@@ -52,32 +88,34 @@ class ModelSize:
     whole: bool
     positions: int
     card_float: int = 2
+    front: int = 0
+    adapted: bool = False
 
     @classmethod
-    def of(cls, config: AnyConfig, bits: int = 0, card_float: int = 2) -> ModelSize:
-        """bits: what FP16 weights are quantised to while loading, 0 for nothing."""
-        stored = config.quantization_bit or bits or 16
-        width = config.hidden_size
+    def of(
+        cls, config: AnyConfig, bits: int = 0, card_float: int = 2, forms: Forms = AS_PUBLISHED
+    ) -> ModelSize:
+        """bits: what FP16 weights are quantised to while loading, 0 for nothing. forms: of quantised ones."""
+        usual, width = config.quantization_bit or bits or 16, config.hidden_size
+        shapes = matrices(config)
+        inner = shapes["dense_h_to_4h"][0]
         if isinstance(config, GLMConfig):
-            inner = config.inner_hidden_size
-            rows = 5 * width + inner
-            floats = rows + 4 * width
+            beside = sum(rows for rows, _ in shapes.values()) + 4 * width
             quantised_table = config.quantization_embeddings
         else:
-            inner = 2 * config.ffn_hidden_size
-            rows = config.qkv_width + 2 * width + inner
-            floats = config.qkv_width * config.add_qkv_bias + 2 * width
+            beside = config.qkv_width * config.add_qkv_bias + 2 * width
             quantised_table = False
+        layers = [_layer(shapes, usual, forms, layer) for layer in range(config.num_layers)]
         return cls(
-            layers=config.num_layers,
-            bits=stored,
-            layer_weights=config.block_weights,
-            layer_floats=floats + (rows if stored < 16 else 0),
+            stored=tuple(stored for stored, _ in layers),
+            floats=tuple(floats + beside for _, floats in layers),
+            bits=usual,
             kv_width=config.kv_heads * config.head_size,
             kv_heads=config.kv_heads,
             heads=config.num_attention_heads,
             table_weights=config.table_weights,
-            table_bits=stored if quantised_table else 16,
+            table_bits=usual if quantised_table else 16,
+            table_scales=config.vocab_size * _groups(width, forms) if quantised_table else 0,
             tied=isinstance(config, GLMConfig),
             width=width,
             inner=inner,
@@ -87,28 +125,40 @@ class ModelSize:
             card_float=card_float,
         )
 
+    @property
+    def layers(self) -> int:
+        return len(self.stored)
+
+    def with_extras(self, front: int, adapter: int) -> ModelSize:
+        """The same beside a prefix of `front` entries and an adapter of so many numbers in each layer."""
+        floats = tuple(count + adapter for count in self.floats)
+        return replace(self, floats=floats, front=front, adapted=adapter > 0)
+
     def float_bytes(self, device: str) -> int:
         """Of the numbers that are computed with: a card takes float16 where nothing else is asked for."""
         return 4 if device == CPU else self.card_float
 
-    def layer_bytes(self, device: str) -> int:
+    def layer_bytes(self, device: str, layer: int = 0) -> int:
         """One layer's weights. Those that are not quantised are widened to float32 on a CPU."""
-        size = self.float_bytes(device)
-        bits = self.bits if self.bits < 16 else 8 * size
-        return self.layer_weights * bits // 8 + self.layer_floats * size
+        return self.stored[layer] + self.floats[layer] * self.float_bytes(device)
 
-    def cache_bytes(self, device: str, context: int, cache: str) -> int:
-        """Keys and values of `context` tokens in one layer. cache: as EngineSpec.kv_cache has it."""
-        scales = _SCALE * self.kv_heads if cache == "int8" else 0
-        size = _CACHE_BYTES.get(cache) or self.float_bytes(device)
-        return 2 * context * (self.kv_width * size + scales)
+    def layers_bytes(self, device: str, layers: range) -> int:
+        """The weights of neighbouring layers."""
+        part = slice(layers.start, layers.stop)
+        return sum(self.stored[part]) + sum(self.floats[part]) * self.float_bytes(device)
+
+    def cache_bytes(self, device: str, context: int, kv_cache: str) -> int:
+        """Keys and values of a prefix and `context` tokens in one layer. kv_cache: as PlanRequest has it."""
+        scales = _SCALE * self.kv_heads if kv_cache == "int8" else 0
+        size = _CACHE_BYTES.get(kv_cache) or self.float_bytes(device)
+        return 2 * (self.front + context) * (self.kv_width * size + scales)
 
     def head_bytes(self, device: str, head_bits: int) -> int:
         """The last norm and the output head, with the embedding where that is the same table or beside it."""
         norm = 2 * self.width * self.float_bytes(device)
         if self.embedding_apart(head_bits):
             return norm + self.vocab * (self.width + self.float_bytes(device))
-        scales = 4 * self.vocab if self.table_bits < 16 else 0
+        scales = self.table_scales * self.float_bytes(device)
         return norm + self.table_weights * self.table_bits // 8 + scales
 
     def embedding_apart(self, head_bits: int) -> bool:
@@ -117,16 +167,17 @@ class ModelSize:
         return head_bits == 8 and self.table_bits == 16
 
     def mapped_bytes(self, layers: int, with_head: bool, head_bits: int) -> int:
-        """What of so many layers on a CPU is not copied into memory: quantised weights and the tables."""
-        weights = layers * self.layer_weights * self.bits // 8 if self.bits < 16 else 0
+        """What of the last layers, so many, is not copied into a CPU's memory: quantised weights and the
+        tables."""
+        weights = sum(self.stored[self.layers - layers :])
         return weights + (self.head_bytes(CPU, head_bits) if with_head else 0)
 
-    def scratch_bytes(self, device: str, context: int, cache: str, piece: int) -> int:
+    def scratch_bytes(self, device: str, context: int, kv_cache: str, piece: int) -> int:
         """The most that a prompt of `context` tokens, read in pieces, takes beside weights and cache."""
         size = self.float_bytes(device)
         rows = min(piece, context)
         whole = context * self.width * size
-        block = self._block_bytes(device, context, cache, rows)
+        block = self._block_bytes(device, self.front + context, kv_cache, rows)
         # ChatGLM-6B: hidden states before a layer, its queries and what comes out of it, and at its end that
         # once more, put together. ChatGLM2: what came out of all pieces, and that put together.
         body = 3 * whole + max(whole, block) if self.whole else whole + max(whole, block)
@@ -134,17 +185,18 @@ class ModelSize:
         logits = self.vocab * (size + 8 * 4)  # in float32 for the sampler, which sorts them
         return body + angles + logits + self._workspace(device)
 
-    def _block_bytes(self, device: str, context: int, cache: str, rows: int) -> int:
-        """What one layer takes for `rows` tokens that see `context`."""
+    def _block_bytes(self, device: str, seen: int, kv_cache: str, rows: int) -> int:
+        """What one layer takes for `rows` tokens that see so many entries of the cache."""
         size = self.float_bytes(device)
         # which tokens each row sees, as bools; a card that computes the heads of a group as one repeats them
-        mask = rows * context * (1 if device == CPU else self.heads // self.kv_heads)
-        kept = _CACHE_BYTES.get(cache) or size
-        widened = 2 * context * self.kv_width * size if kept != size else 0  # what was kept
+        mask = rows * seen * (1 if device == CPU else self.heads // self.kv_heads)
+        kept = _CACHE_BYTES.get(kv_cache) or size
+        widened = 2 * seen * self.kv_width * size if kept != size else 0  # what was kept
         # the bools as numbers, to be added; a card's kernel wants rows of a multiple of 8, so a copy of them
         masks = mask if device == CPU else 2 * mask
         attention = widened + size * (masks + 5 * rows * self.width)
-        inner = 2 if self.bits == 16 else 3  # torch's way with quantised weights puts the columns in order
+        # torch's way with quantised weights puts the columns in order; an adapter's product is one more
+        inner = 3 if self.bits < 16 or self.adapted else 2
         mlp = size * rows * (inner * self.inner + 4 * self.width)
         return mask + max(attention, mlp)
 
@@ -152,3 +204,21 @@ class ModelSize:
         if device == CPU:
             return _WIDENING_CPU
         return _CUBLAS + (_WIDENING if self.bits < 16 else 0)
+
+
+def _layer(shapes: Mapping[str, tuple[int, int]], usual: int, forms: Forms, layer: int) -> tuple[int, int]:
+    """Bytes of a layer's quantised weights, and numbers in those that are not and in the scales."""
+    stored = floats = 0
+    for part, (rows, columns) in shapes.items():
+        bits = forms.bits.get((layer, part), usual)
+        if bits == 16:
+            floats += rows * columns
+        else:
+            stored += rows * (columns if bits == 8 else -(-columns // 2))
+            floats += rows * _groups(columns, forms)
+    return stored, floats
+
+
+def _groups(columns: int, forms: Forms) -> int:
+    """Scales of a row."""
+    return columns // forms.group if forms.group else 1

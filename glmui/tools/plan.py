@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
@@ -14,15 +15,15 @@ from glmui import i18n
 from glmui.errors import InvalidInput, NotFound
 from glmui.glm.config import AnyConfig, read_config
 from glmui.hub import installed
-from glmui.memory.fitting import context_of, most_tokens, wish_of
-from glmui.memory.forecast import explain, machine_of
+from glmui.memory.fitting import longest_context, most_tokens, request_of
+from glmui.memory.forecast import Row, explain, machine_of
 from glmui.memory.model_size import CPU, ModelSize
 from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, plan
 from glmui.memory.published import SHAPES
+from glmui.memory.sizing import size_of
 from glmui.meter import Meter
 from glmui.settings import Settings, spec_of
 from glmui.tools.aligned import aligned
-from glmui.types import BITS
 
 _MOST_GIB = 65536
 
@@ -39,22 +40,23 @@ class Wish:
 
 def run(wish: Wish, settings: Settings, language: str) -> int:
     """Print the plan of the settings' model; 0 where it fits, 1 where something is short."""
-    size = ModelSize.of(_config(settings.model, settings), BITS[settings.quantize])
-    spec = spec_of(settings, settings.model, "")
-    made = plan(size, _machine(wish), wish_of(spec))
-    tokens = context_of(size, made, most_tokens(spec, size))
+    config, folder = _config(settings.model, settings)
+    spec = spec_of(settings, settings.model, folder)
+    size = size_of(spec, config)
+    made = plan(size, _machine(wish), request_of(spec))
+    tokens = longest_context(size, made, most_tokens(spec, size))
     told = as_json(made, size, tokens, language) if wish.as_json else lines(made, size, tokens, language)
     print(told)
     return 1 if made.short else 0
 
 
-def _config(name: str, settings: Settings) -> AnyConfig:
-    """A model's config: of its folder, or where there is none, of a published one by that name."""
+def _config(name: str, settings: Settings) -> tuple[AnyConfig, str]:
+    """A model's config and its folder; where there is none, a published one of that name, and ""."""
     with contextlib.suppress(NotFound):
         if (folder := installed.resolve(name, settings.data_dir)).is_dir():  # the scripted engine has none
-            return read_config(folder, settings.chatglm_family)
+            return read_config(folder, settings.chatglm_family), str(folder)
     if name in SHAPES:
-        return SHAPES[name]
+        return SHAPES[name], ""
     raise InvalidInput("plan_model_unknown", model=name, names=", ".join(SHAPES))
 
 
@@ -75,11 +77,11 @@ def _this_machine() -> Machine:
 
 def as_json(made: Plan, size: ModelSize, tokens: int, language: str) -> str:
     """GB = 10^9 bytes, MB = 10^6."""
-    wish = made.wish
-    head = size.head_bytes(made.head, wish.head_bits)
+    asked = made.request
+    head = size.head_bytes(made.head, asked.head_bits)
 
     def layer(number: int, device: str) -> dict[str, Any]:
-        taken = size.layer_bytes(device) + size.cache_bytes(device, wish.context, wish.cache)
+        taken = size.layer_bytes(device, number) + size.cache_bytes(device, asked.context, asked.kv_cache)
         return {"layer": number, "device": device, "mb": _mb(taken)}
 
     return json.dumps(
@@ -94,7 +96,7 @@ def as_json(made: Plan, size: ModelSize, tokens: int, language: str) -> str:
             "embedding": {"device": made.embedding},
             "head": {"device": made.head, "mb": _mb(head)},
             "prefill_piece": made.piece,
-            "context": wish.context,
+            "context": asked.context,
             "room": tokens,
             "short_gb": {device: _gb(n) for device, n in made.short.items()},
             "reason": made.reason,
@@ -115,6 +117,10 @@ def _mb(count: int) -> float:
 def lines(made: Plan, size: ModelSize, tokens: int, language: str) -> str:
     """A sentence, then what is where, then how full each device gets and what could be done."""
     told = explain(made, size, language)
-    rows = [(row.part, row.device, f"{row.size / 1e6:,.0f} MB") for row in told.rows]
     longest = [i18n.text(language, "plan.room", room=f"{tokens:,}")] if tokens else []
-    return "\n".join([told.sentence, "", *aligned(rows), "", *longest, *told.notes])
+    return "\n".join([told.sentence, "", *table(told.rows), "", *longest, *told.notes])
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """What is where, a line for each part."""
+    return aligned((row.part, row.device, f"{row.size / 1e6:,.0f} MB") for row in rows)

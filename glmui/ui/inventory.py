@@ -11,6 +11,7 @@ from glmui.downloads import Task
 from glmui.hub.catalogue import Offer
 from glmui.hub.get import Removed
 from glmui.hub.installed import InstalledModel
+from glmui.memory.free import free_on, free_ram
 from glmui.meter import Reading
 
 FIRST = "chatglm-6b-int4"  # what the welcome offers first
@@ -78,19 +79,13 @@ def needs_of(offer: Offer, memory: Reading) -> tuple[Need, ...]:
 
     What the engine holds now counts as free: it holds one model at a time.
     """
-    cards = [card for card in memory.cards if card.used is not None and card.total is not None]
+    held = memory.engine_rss is not None
     needs = [
-        Need(
-            card.name or f"cuda:{card.index}",
-            _bytes(offer.vram_gb),
-            card.total - card.used + (card.own or 0),
-            card.total,
-        )
-        for card in cards
+        Need(card.name or f"cuda:{card.index}", _bytes(offer.vram_gb), free_on(card, held), card.total)
+        for card in memory.cards
         if offer.vram_gb and card.used is not None and card.total is not None
     ]
-    if memory.ram_used is not None and memory.ram_total:
-        free = memory.ram_total - memory.ram_used + (memory.engine_rss or 0)
+    if memory.ram_total and (free := free_ram(memory, held)) is not None:
         needs.append(Need("", _bytes(offer.ram_gb), free, memory.ram_total))
     return tuple(needs)
 

@@ -10,6 +10,7 @@ from glmui.chat import ChatService
 from glmui.choice import Choice
 from glmui.memory.forecast import Forecast
 from glmui.memory.model_size import CPU
+from glmui.memory.visible import in_use
 from glmui.meter import Card, Meter, Reading
 from glmui.settings import Settings
 from glmui.types import EngineInfo, EngineSpec
@@ -95,7 +96,7 @@ class Memory:
         if not (found.plan.short and found.machine.cards):
             return 0
         widest = self._service.foresee(replace(spec, device="mixed", layers_on_gpu=None))
-        return widest.plan.layers_on_card if widest and not widest.plan.short else 0
+        return widest.plan.layers_on_card if widest and widest.plan.works else 0
 
     def free(self) -> Freed | None:
         """End the engine process and wait until the cards tell of it; None where no model was loaded."""
@@ -110,7 +111,8 @@ class Memory:
 
     def _freed(self, info: EngineInfo, pid: int) -> Freed:
         before = self._meter.read(pid)
-        used = [card for card in before.cards if _was_on(card, info)]
+        computing = in_use(before.cards, info)  # for Windows, where a card does not tell of each program
+        used = [card for card in before.cards if card.own or (card.own is None and card in computing)]
         self._service.engine.unload()
         after = self._settled(pid, used)
         now = {card.index: card for card in after.cards}
@@ -126,13 +128,6 @@ class Memory:
             if all(_has_fallen(card, now.get(card.index)) for card in used) or time.monotonic() > end:
                 return reading
             time.sleep(_POLL_SECONDS)
-
-
-def _was_on(card: Card, info: EngineInfo) -> bool:
-    """Whether the engine held something of this card. Windows does not tell: then what it says of itself."""
-    if card.own is not None:
-        return card.own > 0
-    return f"cuda:{card.index}" in {info.device, *info.layers}
 
 
 def _has_fallen(card: Card, used: int | None) -> bool:

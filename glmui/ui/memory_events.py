@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 
 from glmui.errors import GlmuiError
+from glmui.i18n import Words
 from glmui.memory.forecast import Forecast
 from glmui.ui import present_plan
 from glmui.ui.memory import Memory
-from glmui.ui.words import Words
 
 Updates = Any  # one value, or a tuple with one for each output
 
@@ -31,7 +31,7 @@ class MemoryEvents:
         known, mixed = found is not None, chosen.device == "mixed"
         return (
             gr.update(value=chosen.layers_on_gpu is None, visible=known and mixed),
-            self.slider(),
+            self._slider(found),
             gr.update(visible=known),
             gr.update(visible=known),
             chosen.context,
@@ -42,7 +42,10 @@ class MemoryEvents:
 
     def slider(self) -> Updates:
         """At the layers that were chosen, else at those that fit; shown where they can be chosen."""
-        chosen, found = self._memory.settings, self._found()
+        return self._slider(self._found())
+
+    def _slider(self, found: Forecast | None) -> Updates:
+        chosen = self._memory.settings
         if found is None or chosen.device != "mixed":
             return gr.update(visible=False)
         fits, most = found.plan.layers_on_card, found.size.layers

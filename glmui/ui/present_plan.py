@@ -7,8 +7,8 @@ from functools import partial
 from html import escape
 
 from glmui import i18n
-from glmui.memory.fitting import context_that_fits
-from glmui.memory.forecast import Forecast, explain
+from glmui.memory.fitting import context_that_fits, slow_context
+from glmui.memory.forecast import Forecast, advice, explain, rows_of, sentence
 from glmui.memory.model_size import CPU
 from glmui.memory.plan import CUDA_CONTEXT, budget
 from glmui.ui.memory import Freed, Prospect
@@ -44,7 +44,7 @@ def _summary(prospect: Prospect, language: str) -> str:
     parts = [_layers(prospect.found.plan.layers, language), _share(prospect, language)]
     if prospect.short:
         parts.append(say("memory.short", size=size(max(prospect.short.values()))))
-    else:
+    if not prospect.short or prospect.found.plan.slow:
         parts.append(say("memory.room", tokens=about(prospect.room)))
     return " · ".join(parts)
 
@@ -66,7 +66,7 @@ def _share(prospect: Prospect, language: str) -> str:
     of_ram = not cards or set(prospect.short) == {CPU}
     used, beside = ([CPU], 0) if of_ram else (cards, CUDA_CONTEXT * len(cards))  # no plan counts CUDA itself
     need = sum(plan.on[device] for device in used) + beside
-    free = sum(budget(plan.machine, plan.wish, device) for device in used) + beside
+    free = sum(budget(plan.machine, plan.request, device) for device in used) + beside
     return i18n.text(
         language, "memory.ram" if of_ram else "memory.vram", need=_gb(need), free=_gb(max(0, free))
     )
@@ -86,14 +86,17 @@ def _cure(prospect: Prospect, language: str) -> str:
         return _cure_of_ram(prospect.found, language)
     if not prospect.most:
         return say("memory.cure_card")
-    by_hand = prospect.found.plan.wish.device == "mixed"
+    by_hand = prospect.found.plan.request.device == "mixed"
     return say("memory.cure_layers" if by_hand else "memory.cure_mixed", most=prospect.most)
 
 
 def _cure_of_ram(found: Forecast, language: str) -> str:
-    if fits := context_that_fits(found.size, found.machine, found.plan.wish):
-        return i18n.text(language, "memory.cure_context", tokens=about(fits))
-    return explain(found.plan, found.size, language).advice
+    if fits := context_that_fits(found.size, found.machine, found.plan.request):
+        key = "memory.cure_slow" if found.plan.slow else "memory.cure_context"
+        return i18n.text(language, key, tokens=about(fits))
+    if slow := slow_context(found.size, found.plan):
+        return i18n.text(language, "memory.cure_slow_if_shorter", tokens=about(slow))
+    return advice(found.plan, found.size, language)
 
 
 # The table
@@ -102,16 +105,16 @@ def _cure_of_ram(found: Forecast, language: str) -> str:
 def table(prospect: Prospect, language: str) -> str:
     """Where each part is, or will be, and how much it takes there."""
     say = partial(i18n.text, language)
-    plan, told = prospect.found.plan, explain(prospect.found.plan, prospect.found.size, language)
+    plan, model = prospect.found.plan, prospect.found.size
     several = len(plan.machine.cards) > 1
     rows = "".join(
         f'<tr><th scope="row">{escape(row.part)}</th><td>{_device(row.device, several)}</td>'
         f"<td>{row.size / 1e6:,.0f} MB</td></tr>"
-        for row in told.rows
+        for row in rows_of(plan, model, language)
     )
-    above = say("memory.now" if prospect.held else "memory.next", sentence=told.sentence)
-    cache = say("memory.cache", size=size(_cache(prospect.found)), tokens=f"{plan.wish.context:,}")
-    notes = [cache, *([] if prospect.short else told.notes)]
+    above = say("memory.now" if prospect.held else "memory.next", sentence=sentence(plan, model, language))
+    cache = say("memory.cache", size=size(_cache(prospect.found)), tokens=f"{plan.request.context:,}")
+    notes = [cache, *([] if prospect.short else explain(plan, model, language).notes)]
     return f"<p>{escape(above)}</p><table><tbody>{rows}</tbody></table>" + "".join(
         f"<p>{escape(note)}</p>" for note in notes
     )
@@ -124,8 +127,8 @@ def _device(device: str, several: bool) -> str:
 
 def _cache(found: Forecast) -> int:
     """Bytes that keys and values take in all layers."""
-    wish = found.plan.wish
-    return sum(found.size.cache_bytes(device, wish.context, wish.cache) for device in found.plan.layers)
+    asked = found.plan.request
+    return sum(found.size.cache_bytes(device, asked.context, asked.kv_cache) for device in found.plan.layers)
 
 
 # Set free

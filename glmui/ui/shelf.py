@@ -45,8 +45,9 @@ class Shelf:
 
     # Looking
 
-    def look(self) -> Look:
-        memory = self.meter.read(self.service.engine.info().pid)
+    def look(self, reading: Reading | None = None) -> Look:
+        """reading: of the memory just now, where somebody has one."""
+        memory = reading or self.meter.read(self.service.engine.info().pid)
         models, removed = self._on_disk()
         offers = {offer.name: offer for offer in catalogue.offers()}
         here = [self._here(model, offers.get(model.name), memory) for model in models]
