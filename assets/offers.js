@@ -1,4 +1,4 @@
-// What is offered for a message that memory has no room for. `element` and `trigger` come from Gradio.
+// What is offered for a message, or a reply that is to be made anew or to go on, that memory has no room for. `element` and `trigger` come from Gradio.
 const box = () => document.querySelector("#box textarea");
 
 let taken = false; // a double click takes one offer
@@ -11,8 +11,9 @@ const take = (act) => {
   if (taken) return;
   taken = true;
   setTimeout(() => { taken = false; }, 1000); // where an error came of it, another may be taken
-  box()?.focus();
-  trigger("select", { act });
+  const { wish } = element.querySelector(".offers").dataset; // "" for the message in the box
+  if (!wish) box()?.focus();
+  trigger("select", { act, wish });
 };
 
 element.addEventListener("click", (event) => {

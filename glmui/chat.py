@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol
 
-from glmui import prompts
+from glmui.answering import answered
 from glmui.errors import Busy, EngineError, GlmuiError, InvalidInput, ModelError
 from glmui.jobs import FairQueue, Job
 from glmui.outlook import Foresee, Outlook, RoomLeft, Rooms, room_left
@@ -25,7 +26,6 @@ from glmui.types import (
     ChatEngine,
     ChatSettings,
     EngineSpec,
-    GenerationParams,
     Message,
     Once,
     Progress,
@@ -33,6 +33,8 @@ from glmui.types import (
 )
 
 log = logging.getLogger(__name__)
+
+Again = Literal["regenerate", "resume"]  # what may be asked for without a new message
 
 MAX_CHARACTERS = 200_000  # of one message: more than any max_length holds
 
@@ -100,20 +102,22 @@ class ChatService:
         self._model()
         self._queue.check(client)
 
-    def regenerate(self, conversation_id: str, client: str = "page") -> StoredMessage:
+    def regenerate(self, conversation_id: str, client: str = "page", once: Once = USUAL) -> StoredMessage:
         """Answer the newest user message once more; the earlier reply stays as another version."""
         with self._asking:
             spec = self._ready_for(conversation_id, client)
             asked = [m for m in self.store.thread(conversation_id, newest=2) if m.role == "user"]
             if not asked:
                 raise InvalidInput("nothing_to_regenerate")
-            return self._start(self.store.begin_reply(conversation_id, asked[-1].id, spec.model), client)
+            reply = self.store.begin_reply(conversation_id, asked[-1].id, spec.model)
+            return self._start(reply, client, once)
 
-    def resume(self, reply_id: int, client: str = "page") -> StoredMessage:
-        """Go on with a reply that was stopped, interrupted or ended at max_length."""
+    def resume(self, reply_id: int, client: str = "page", once: Once = USUAL) -> StoredMessage:
+        """Go on with a reply that was stopped, interrupted or ended for want of room. Where it has filled the
+        room alone, the model sees no more than its end."""
         with self._asking:
             self._ready_for(self.store.get_message(reply_id).conversation_id, client)
-            return self._start(self.store.resume_reply(reply_id), client)
+            return self._start(self.store.resume_reply(reply_id), client, once)
 
     def _ready_for(self, conversation_id: str, client: str) -> EngineSpec:
         """Everything that can refuse a reply, asked before anything is written."""
@@ -143,12 +147,22 @@ class ChatService:
 
         conversation_id: "" for a new one. Raises InvalidInput where max_length does not hold the message.
         """
+        said = self._said(conversation_id) if conversation_id else []
+        return self._outlook([*said, Message("user", text)], settings)
+
+    def outlook_again(self, conversation_id: str, wish: Again) -> Outlook | None:
+        """The same for the newest message's next answer, or for the last reply's going on."""
+        said = self._said(conversation_id)
+        while wish == "regenerate" and said and said[-1].role != "user":
+            said.pop()
+        return self._outlook(said, self.settings_of(conversation_id))
+
+    def _outlook(self, messages: list[Message], settings: ChatSettings) -> Outlook | None:
         spec = self._model()
         limits = self._rooms.limits(spec)
         if not 0 < limits.room < limits.length(settings.params):
             return None
-        said = self._said(conversation_id) if conversation_id else []
-        return self._rooms.outlook([*said, Message("user", text)], settings, spec, self._count(spec))
+        return self._rooms.outlook(messages, settings, spec, self._count(spec))
 
     def holds(self, spec: EngineSpec) -> bool:
         """Whether the engine is ready with just what this spec asks for."""
@@ -240,29 +254,17 @@ class ChatService:
         job.show(Progress("starting"))
         self.engine.configure(spec)
         self._rooms.configured(spec)
-        while True:
-            known = self._rooms.limits(spec)
-            try:
-                return self._stream(job, spec)
-            except InvalidInput as error:
-                is_news = self._rooms.limits(spec) != known  # loaded, memory has less room than was thought
-                if error.code != "prompt_too_long" or job.first_text_at is not None or not is_news:
-                    raise
-
-    def _stream(self, job: Job, spec: EngineSpec) -> None:
-        prompt, params = self._prompt_for(job, spec)
-        job.left_out = prompt.left_out
-        for chunk in self.engine.stream_chat(prompt.messages, params, job.request_id):
+        said, settings = self._said(job.conversation_id), self._settings_for(job)
+        limits = partial(self._rooms.limits, spec)
+        for prompt, chunk in answered(said, settings, self.engine, self._count(spec), limits, job.request_id):
+            job.left_out = prompt.left_out
             job.take(chunk)
 
-    def _prompt_for(self, job: Job, spec: EngineSpec) -> tuple[prompts.Prompt, GenerationParams]:
+    def _settings_for(self, job: Job) -> ChatSettings:
         settings = self.settings_of(job.conversation_id)
-        if job.once.max_new_tokens:
-            shorter = replace(settings.params, max_new_tokens=job.once.max_new_tokens)
-            settings = replace(settings, params=shorter)
-        limits = self._rooms.limits(spec)
-        prompt = prompts.compose(self._said(job.conversation_id), settings, self._count(spec), limits)
-        return prompt, limits.bounded(settings.params)
+        if not job.once.max_new_tokens:
+            return settings
+        return replace(settings, params=replace(settings.params, max_new_tokens=job.once.max_new_tokens))
 
     def _said(self, conversation_id: str) -> list[Message]:
         """The conversation as a model is shown it: without replies of which nothing came."""

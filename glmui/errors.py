@@ -25,7 +25,8 @@ class GlmuiError(Exception):
     """Base of every error meant for a reader.
 
     `code` names a sentence in the locales; `values` fill its placeholders. One that is itself words is a
-    function of the language.
+    function of the language. Where a code has several sentences, `case` among the values names one of
+    them: "errors.CODE_cases.CASE".
     """
 
     exit_code = 1
@@ -39,7 +40,9 @@ class GlmuiError(Exception):
     def message(self, language: str = "en") -> str:
         """The sentence in `language` ("en" or "zh")."""
         values = {name: value(language) if callable(value) else value for name, value in self.values.items()}
-        return i18n.text(language, f"errors.{self.code}", **values)
+        case = values.get("case")
+        key = f"errors.{self.code}_cases.{case}" if case else f"errors.{self.code}"
+        return i18n.text(language, key, **values)
 
     def __str__(self) -> str:
         return self.message()

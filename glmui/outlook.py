@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from glmui import prompts
 from glmui.engine.model_folder import describe
 from glmui.errors import GlmuiError, InvalidInput, ModelError
-from glmui.memory.forecast import Forecast
+from glmui.memory.forecast import Forecast, forecast, foreseen
 from glmui.memory.model_size import CPU
-from glmui.prompts import Limits
+from glmui.memory.plan import longest
+from glmui.meter import Meter
+from glmui.prompts import SHORTEST_REPLY, Limits, Prompt
 from glmui.types import ChatEngine, ChatSettings, EngineSpec, Message, TokenCounter
 
 Foresee = Callable[[EngineSpec], Forecast | None]
 
-SHORTEST_REPLY = 32  # tokens; less is no answer
 QUESTION = 64  # tokens of an ordinary next message
+_BOUNDLESS = 2**60  # bytes
 _STEP = 64  # a forecast's room is told in such steps: what other programs take changes all the time
 
 
@@ -31,8 +33,9 @@ class Outlook:
 
     prompt_tokens: the message with all of the conversation that max_length allows. needed: that and a reply.
     room: what memory has room for. The rest is what would help, nothing where it would not:
-    rounds_to_leave_out: of the oldest, counted as RoomLeft.for_room. reply_room: the longest reply that
-    is possible as it is. layers_to_move: from the cards to the CPU, where layers_left stay on the cards.
+    rounds_to_leave_out: of the oldest, counted as RoomLeft.for_room. cuts_reply: the reply that is to go on
+    can do so where the model sees no more than its end. reply_room: the longest reply that is possible as it
+    is. layers_to_move: from the cards to the CPU, where layers_left stay on the cards.
     """
 
     prompt_tokens: int
@@ -40,6 +43,7 @@ class Outlook:
     room: int
     fits: bool = True
     rounds_to_leave_out: int = 0
+    cuts_reply: bool = False
     reply_room: int = 0
     layers_to_move: int | None = None
     layers_left: int = 0
@@ -47,7 +51,9 @@ class Outlook:
 
     @property
     def can_be_helped(self) -> bool:
-        return bool(self.rounds_to_leave_out or self.reply_room or self.layers_to_move or self.fits_on_cpu)
+        """Whether there is anything to choose; a reply that only its end can go on from goes on so."""
+        as_it_is = not self.cuts_reply and (self.rounds_to_leave_out or self.reply_room)
+        return bool(as_it_is or self.layers_to_move or self.fits_on_cpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,8 @@ class RoomLeft:
     """What a conversation leaves for its next message and the reply.
 
     tokens: so many. rounds: that the conversation has. left_out: of these, the oldest, that the next message
-    leaves out; for_room: how many of them for want of room, not because the reader wants no more. little: an
-    ordinary next message would leave out some for want of room.
+    leaves out; for_room: how many of them for want of room, not because the reader wants no more. little:
+    with all of them left out, an ordinary message would still have a reply shorter than is kept free for one.
     """
 
     tokens: int
@@ -64,6 +70,16 @@ class RoomLeft:
     left_out: int = 0
     for_room: int = 0
     little: bool = False
+
+
+def foreseer(engine: ChatEngine, meter: Meter) -> Foresee:
+    """Forecasts for this computer, where what `engine` holds counts as free."""
+
+    def foresee(spec: EngineSpec) -> Forecast | None:
+        pid = engine.info().pid
+        return forecast(spec, meter.read(pid), pid is not None)
+
+    return foresee
 
 
 class Rooms:
@@ -104,10 +120,12 @@ class Rooms:
             return outlook
         on_cards = self._layers_on_cards(spec)
         left = self._layers_left(spec, on_cards, needed)
+        cut = _cut(messages, settings, count, limits)
         return replace(
             outlook,
             fits=False,
-            rounds_to_leave_out=_rounds_to_leave_out(messages, settings, count, limits, wanted.left_out),
+            rounds_to_leave_out=_rounds_to_leave_out(messages, settings, cut, wanted) if cut else 0,
+            cuts_reply=cut is not None and cut.cut and not wanted.cut,
             reply_room=max(0, room - wanted.tokens) if room - wanted.tokens >= SHORTEST_REPLY else 0,
             layers_to_move=on_cards - left if left else None,
             layers_left=left,
@@ -130,26 +148,47 @@ class Rooms:
         return found.plan.layers_on_card if found else 0
 
     def _layers_left(self, spec: EngineSpec, on_cards: int, needed: int) -> int:
-        """The most layers that cards can keep so that there is room; 0 where moving some would not help."""
-        for left in range(on_cards - 1, 0, -1):
-            if self._foreseen_room(replace(spec, device="mixed", layers_on_gpu=left)) >= needed:
-                return left
-        return 0
+        """The most layers that cards can keep so that there is room; 0 where moving some would not help.
+
+        Sought by the cards alone, which gain room with every layer that leaves them; the RAM loses it.
+        """
+        found = self._forecast(spec) if on_cards > 1 else None
+        if found is None:
+            return 0
+
+        def fits(left: int, ram: int = _BOUNDLESS) -> bool:
+            return _room(replace(spec, device="mixed", layers_on_gpu=left), found, ram) >= needed
+
+        left = longest(fits, on_cards - 1)
+        return left if left and fits(left, found.machine.ram) else 0
+
+
+def _room(spec: EngineSpec, found: Forecast, ram: int) -> int:
+    """What `spec` would have room for where `found` was made, with so much RAM."""
+    with suppress(InvalidInput):  # cards that have gone meanwhile
+        changed = foreseen(spec, found.size, replace(found.machine, ram=ram))
+        return changed.room if changed else 0
+    return 0
+
+
+def _cut(
+    messages: Sequence[Message], settings: ChatSettings, count: TokenCounter, limits: Limits
+) -> Prompt | None:
+    """The prompt cut to the room there is; None where the newest round alone leaves too little of it."""
+    with suppress(InvalidInput):
+        cut = prompts.compose(messages, settings, count, limits)
+        if cut.tokens <= prompts.token_budget(settings.params, limits):
+            return cut
+    return None
 
 
 def _rounds_to_leave_out(
-    messages: Sequence[Message],
-    settings: ChatSettings,
-    count: TokenCounter,
-    limits: Limits,
-    left_out: int,
+    messages: Sequence[Message], settings: ChatSettings, cut: Prompt, wanted: Prompt
 ) -> int:
-    with suppress(InvalidInput):
-        cut = prompts.compose(messages, settings, count, limits)
-        if cut.left_out > left_out and cut.tokens <= prompts.token_budget(settings.params, limits):
-            rounds = len(prompts.split_rounds(messages[:-1]))
-            return _for_room(cut.left_out, rounds, settings) or cut.left_out - left_out
-    return 0
+    if cut.left_out <= wanted.left_out:
+        return 0
+    rounds = len(prompts.split_rounds(messages)) - 1
+    return _for_room(cut.left_out, rounds, settings) or cut.left_out - wanted.left_out
 
 
 def _for_room(left_out: int, rounds: int, settings: ChatSettings) -> int:
@@ -165,17 +204,17 @@ def room_left(
 ) -> RoomLeft:
     """What a conversation leaves for its next message. Raises InvalidInput where the system text alone is
     too long."""
-    params = settings.params
-    prompt = prompts.compose([*messages, Message("user", "")], settings, count, limits)
+    params, blank = settings.params, Message("user", "")
+    prompt = prompts.compose([*messages, blank], settings, count, limits)
+    alone = prompts.compose([blank], settings, count, limits)
     length = limits.length(params)
     rounds = len(prompts.split_rounds(messages))
-    for_room = _for_room(prompt.left_out, rounds, settings)
     return RoomLeft(
         tokens=max(0, min(length, limits.room or length) - prompt.tokens),
         rounds=rounds,
         left_out=prompt.left_out,
-        for_room=for_room,
-        little=for_room > 0 or prompt.tokens + QUESTION > prompts.token_budget(params, limits),
+        for_room=_for_room(prompt.left_out, rounds, settings),
+        little=alone.tokens + QUESTION > prompts.token_budget(params, limits),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,15 +13,20 @@ from glmui.types import BOUNDS, ChatSettings, GenerationParams, Message, TokenCo
 REPLY_SHARE = 0.25
 # Where memory is what is scarce, the reply is kept this much of it: a few paragraphs.
 REPLY_TOKENS = 256
+SHORTEST_REPLY = 32  # tokens; less is no answer
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Messages that fit, how many tokens they cost, and how many of the oldest rounds were left out."""
+    """Messages that fit, how many tokens they cost, and how many of the oldest rounds were left out.
+
+    cut: the reply that is to go on lacks its beginning.
+    """
 
     messages: tuple[Message, ...]
     tokens: int
     left_out: int
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +72,16 @@ def reply_wish(params: GenerationParams, room: int) -> int:
 def compose(
     messages: Sequence[Message], settings: ChatSettings, count: TokenCounter, limits: Limits = NO_LIMITS
 ) -> Prompt:
-    """What the model sees of a conversation. Raises InvalidInput: "prompt_too_long", "prompt_beyond_memory",
-    "empty_message"."""
+    """What the model sees of a conversation. Where the assistant has the last word, that is to go on.
+
+    Raises InvalidInput: "prompt_too_long", "prompt_beyond_memory", "no_room_to_go_on", "empty_message".
+    """
     if settings.system.strip():
         messages = [Message("system", settings.system.strip()), *messages]
     most = settings.history_tokens if settings.history == "tokens" else None
+    kept = with_room_to_go_on(messages, count, settings.params, limits)
     prompt = fit(
-        messages,
+        kept,
         count,
         token_budget(settings.params, limits, most),
         hard_limit=limits.length(settings.params) - 1,
@@ -80,7 +89,34 @@ def compose(
     )
     if 0 < limits.room <= prompt.tokens:
         raise InvalidInput("prompt_beyond_memory", tokens=prompt.tokens, room=limits.room)
-    return prompt
+    return replace(prompt, cut=kept is not messages)
+
+
+def with_room_to_go_on(
+    messages: Sequence[Message], count: TokenCounter, params: GenerationParams, limits: Limits
+) -> Sequence[Message]:
+    """The messages themselves; where a reply is to go on whose round alone fills the room, with that reply
+    cut at its beginning, so that it may go on for as long as another one. Where it is rather the question
+    that fills the room, only once next to nothing is left. Raises InvalidInput("no_room_to_go_on") where
+    nothing of the reply could be kept.
+    """
+    if not messages or messages[-1].role != "assistant":
+        return messages
+    system = [m for m in messages[:1] if m.role == "system"]
+    *asked, reply = split_rounds(messages[len(system) :])[-1]
+    room = min(limits.length(params), limits.room or limits.length(params))
+    budget = token_budget(params, limits)
+
+    def cost(start: int) -> int:
+        return count([*system, *asked, replace(reply, content=reply.content[start:])])
+
+    question = cost(len(reply.content))
+    if room - cost(0) >= (SHORTEST_REPLY if question > budget // 2 else reply_wish(params, room)):
+        return messages
+    if question + SHORTEST_REPLY > budget:
+        raise InvalidInput("no_room_to_go_on", room=room)
+    start = bisect_left(range(len(reply.content)), -budget, key=lambda start: -cost(start))
+    return [*messages[:-1], replace(reply, content=reply.content[start:])]
 
 
 def fit(

@@ -85,13 +85,13 @@ def test_the_room_left_counts_down_and_what_will_be_left_out_is_told(
     talked(page, 1)
     first = tokens_left(page)
     assert 500 < first < 700
-    expect(page.locator("#room .little")).to_have_count(0)
     say(page, ROUND)
-    expect(page.locator("#room .little")).to_contain_text("leaves out the oldest round", timeout=PATIENCE)
+    expect(page.locator("#room .room")).to_contain_text("leaves out the oldest round", timeout=PATIENCE)
     wait_until_done(page)
     expect(page.locator("#thread .from-here")).to_have_count(1)
     page.reload()
-    expect(page.locator("#room .little")).to_contain_text("leaves out the oldest round", timeout=PATIENCE)
+    expect(page.locator("#room .room")).to_contain_text("leaves out the oldest round", timeout=PATIENCE)
+    expect(page.locator("#room .little")).to_have_count(0)
 
 
 def test_leaving_out_the_oldest_rounds_is_the_first_offer_and_enter_takes_it(
@@ -190,6 +190,55 @@ def test_a_phone_has_room_for_the_offers(phone: BrowserContext, app: App) -> Non
     expect(page.locator("#offers .offers")).to_have_count(0, timeout=PATIENCE)
 
 
+def test_another_answer_asks_as_the_first_did(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "word " * 600)
+    offered(page)
+    page.locator("#offers [data-act=on_cpu]").click()
+    wait_for_text(page, "You said: word")
+    wait_until_done(page)
+    page.locator("#box textarea").fill("half a message")
+    page.locator("#regenerate").click()
+    assert offered(page) == ["move_layers", "on_cpu", "cancel"]
+    expect(page.locator("#offers h2")).to_have_text("Not enough memory for this reply")
+    page.keyboard.press("Escape")
+    expect(page.locator("#offers .offers")).to_have_count(0, timeout=PATIENCE)
+    expect(page.locator("#thread .versions, #versions .versions")).to_have_count(0)
+    page.locator("#regenerate").click()
+    offered(page)
+    page.locator("#offers [data-act=on_cpu]").click()
+    expect(page.locator("#versions .versions")).to_contain_text("2 / 2", timeout=PATIENCE)
+    wait_until_done(page)
+    wait_for_text(page, "You said: word")
+    expect(page.locator("#box textarea")).to_have_value("half a message")
+
+
+def test_a_reply_that_filled_the_room_goes_on(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    say(page, "/echo tokens=1500")
+    wait_for_text(page, "ended where")
+    wait_until_done(page)
+    page.locator("#resume").click()
+    offered(page)
+    expect(offers(page).first).to_contain_text("Read only the end of the reply")
+    offers(page).first.click()
+    wait_for_text(page, "saw only the end of this reply")
+    wait_until_done(page)
+
+
+def test_a_refused_number_gives_way_to_the_kept_one(context: BrowserContext, app: App) -> None:
+    page = opened(context, app)
+    page.locator("#memory > button").click()
+    idle, box = page.locator("#idle input"), page.locator("#box textarea")
+    expect(idle).to_have_value("30", timeout=PATIENCE)
+    idle.fill("-5")
+    box.click()
+    box.press_sequentially("typing goes on")
+    expect(page.locator(".toast-wrap")).to_contain_text("idle_minutes", timeout=PATIENCE)
+    expect(idle).to_have_value("30", timeout=PATIENCE)
+    expect(box).to_have_value("typing goes on")
+
+
 def test_layers_move_to_the_cpu_and_the_setting_stays(context: BrowserContext, app: App) -> None:
     """The last: it changes the settings of the others."""
     page = opened(context, app)
@@ -208,3 +257,4 @@ def test_layers_move_to_the_cpu_and_the_setting_stays(context: BrowserContext, a
     kept = (app.data / "settings.toml").read_text(encoding="utf-8")
     assert 'device = "mixed"' in kept
     assert re.search(r"layers_on_gpu = \d+", kept)
+    expect(page.locator("#device input")).to_have_value("GPU and CPU together")

@@ -253,3 +253,16 @@ def test_a_prompt_too_long_for_what_memory_turns_out_to_hold_is_cut(tmp_path: Pa
     assert answer.left_out > 0
     assert answer.note == notes.note("memory_context", tokens=512)
     service.close()
+
+
+def test_a_reply_that_ended_at_max_length_goes_on_from_its_end(world: World) -> None:
+    here = world.conversation(ChatSettings(GenerationParams(max_length=128)))
+    world.service.send(here, "/echo tokens=1000")
+    before = world.answer(here)
+    assert before.finish_reason == "length"
+    world.service.resume(before.id)
+    after = world.answer(here)
+    assert after.error is None
+    assert after.content.startswith(before.content + "You said: ")
+    assert after.note == "begun_left_out"
+    assert "only the end" in notes.words(after.note, "en")[0]

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from glmui.chat import Again
 from glmui.errors import GlmuiError, InvalidInput, ModelError, NotFound
 from glmui.outlook import Outlook
 from glmui.types import ChatSettings, Once
@@ -156,4 +158,34 @@ def test_a_message_is_asked_about_only_where_something_helps(tmp_path: Path) -> 
         desk.outlook("", " ", ChatSettings(), "tab")
     here = desk.send("", "/echo tokens=1000 speed=50", ChatSettings(), "tab")
     assert desk.outlook(here, "word " * 600, ChatSettings(), "tab") is None, "it is busy"
+    world.service.close()
+
+
+def test_another_answer_is_asked_about_as_a_message_is(tmp_path: Path) -> None:
+    world = World(tmp_path, echo_with_room(1000))
+    desk = world.desk()
+    assert desk.outlook_again(world.conversation(), "regenerate") is None, "there is nothing to answer"
+    here = desk.send("", "word " * 600, ChatSettings(), "tab", Once(device="cpu"))
+    assert desk.outlook_again(here, "regenerate") is None, "it is busy"
+    assert world.answer(here).state == "done"
+    wishes: tuple[Again, ...] = ("regenerate", "resume")
+    for wish in wishes:
+        found = desk.outlook_again(here, wish)
+        assert found is not None
+        assert found.fits_on_cpu
+        desk.again(here, wish, "tab", desk.take_offer("on_cpu", found))
+        assert world.answer(here).state == "done"
+        assert world.engine.info().device == "cpu"
+    world.service.close()
+
+
+def test_a_reply_that_only_its_end_can_go_on_from_needs_no_question(tmp_path: Path) -> None:
+    world = World(tmp_path, replace(echo_with_room(1000), device="cpu", context_most=1000))
+    desk = world.desk()
+    here = desk.send("", "/echo tokens=1500", ChatSettings(), "tab")
+    assert world.answer(here).finish_reason == "length"
+    found = world.service.outlook_again(here, "resume")
+    assert found is not None
+    assert found.cuts_reply
+    assert desk.outlook_again(here, "resume") is None
     world.service.close()

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from glmui.chat import Again
 from glmui.errors import InvalidInput
+from glmui.memory.forecast import Forecast, foreseen
+from glmui.memory.plan import GIB
 from glmui.outlook import Outlook
 from glmui.types import ChatSettings, EngineSpec, GenerationParams, Message, Once
 from tests.small_world import World, echo_with_room, foresee
@@ -110,6 +113,33 @@ def test_as_few_layers_as_help_are_offered_to_be_moved(world: World, small: Engi
     assert found.layers_left + found.layers_to_move == 28
 
 
+def test_moving_layers_is_asked_of_a_few_forecasts(
+    world: World, small: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[EngineSpec] = []
+
+    def watched(spec: EngineSpec) -> Forecast | None:
+        asked.append(spec)
+        return foresee(spec)
+
+    monkeypatch.setattr(world.service._rooms, "_foresee", watched)
+    assert outlook(world, said(world, 18), words(60)).layers_to_move
+    assert len(asked) < 6, "each reads the memory"
+
+
+def test_layers_that_the_ram_has_no_room_for_are_not_offered_to_be_moved(
+    world: World, small: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = said(world, 18)
+
+    def crowded(spec: EngineSpec) -> Forecast | None:
+        found = foresee(spec)
+        return found and foreseen(spec, found.size, replace(found.machine, ram=GIB))
+
+    monkeypatch.setattr(world.service._rooms, "_foresee", crowded)
+    assert not outlook(world, here, words(60)).layers_to_move
+
+
 def test_a_message_too_long_for_the_card_is_answered_on_the_cpu(world: World) -> None:
     here, text = said(world, 0), words(ROOM + 300)
     found = outlook(world, here, text)
@@ -172,10 +202,8 @@ def test_room_left_counts_down_and_tells_what_the_next_message_leaves_out(world:
         lefts.append(left)
     whole = [left for left in lefts if not left.left_out]
     assert [left.tokens for left in whole] == sorted((left.tokens for left in whole), reverse=True)
-    assert not lefts[0].little
-    assert lefts[-1].little
     assert lefts[-1].for_room == lefts[-1].left_out > 0
-    assert any(left.little and not left.left_out for left in lefts), "it is told before it happens"
+    assert not any(left.little for left in lefts), "leaving out old rounds is all in the day's work"
     world.service.send(here, "hi")
     assert world.answer(here).left_out == lefts[-1].left_out
 
@@ -199,3 +227,70 @@ def test_asking_often_costs_nothing(world: World, monkeypatch: pytest.MonkeyPatc
     world.service.rename(here, "changed")
     with pytest.raises(AssertionError, match="counted again"):
         world.service.room_left(here)
+
+
+def test_it_is_little_room_only_where_a_message_itself_is_cramped(world: World) -> None:
+    wordy = ChatSettings(GenerationParams(max_length=512), system=words(400))
+    for settings, little in ((ChatSettings(GenerationParams(max_length=512)), False), (wordy, True)):
+        left = world.service.room_left(said(world, 12, settings=settings))
+        assert left is not None
+        assert (left.left_out > 0, left.little) == (True, little)
+
+
+def again(world: World, here: str, wish: Again) -> Outlook:
+    found = world.service.outlook_again(here, wish)
+    assert found is not None
+    return found
+
+
+def test_a_reply_is_made_anew_as_the_first_was(world: World) -> None:
+    """It was possible on the CPU alone, and is so again."""
+    here, text = said(world, 0), words(ROOM + 300)
+    world.service.send(here, text, once=Once(device="cpu"))
+    assert world.answer(here).state == "done"
+    found = again(world, here, "regenerate")
+    assert (found.needed, found.fits) == (outlook(world, world.conversation(LONG), text).needed, False)
+    assert found.fits_on_cpu
+    world.service.regenerate(here, once=Once(device="cpu"))
+    assert (world.answer(here).state, world.answer(here).version) == ("done", 2)
+
+
+def test_a_reply_made_anew_leaves_out_the_rounds_that_were_offered_or_is_shorter(world: World) -> None:
+    here = said(world, 8)
+    world.service.send(here, "/echo tokens=900")
+    world.answer(here)
+    found = again(world, here, "regenerate")
+    assert found.rounds_to_leave_out > 0
+    world.service.regenerate(here)
+    assert world.answer(here).left_out == found.rounds_to_leave_out
+    world.service.regenerate(here, once=Once(max_new_tokens=found.reply_room))
+    reply = world.answer(here)
+    assert reply.usage is not None
+    assert (reply.left_out, reply.usage.completion_tokens) == (0, found.reply_room)
+
+
+def test_a_reply_that_filled_the_room_goes_on_and_tells_what_it_went_on_from(world: World) -> None:
+    here = world.conversation(LONG)
+    world.service.send(here, "/echo tokens=1500")
+    first = world.answer(here)
+    assert first.finish_reason == "length"
+    found = again(world, here, "resume")
+    assert (found.fits, found.cuts_reply, found.rounds_to_leave_out) == (False, True, 0)
+    for _ in range(2):
+        before = world.answer(here).content
+        world.service.resume(first.id)
+        after = world.answer(here)
+        assert after.state == "done"
+        assert after.content.startswith(before)
+        assert len(after.content) > len(before)
+        assert "begun_left_out" in after.note.splitlines()
+
+
+def test_a_reply_that_may_go_on_leaves_out_old_rounds_first(world: World) -> None:
+    here = said(world, 6)
+    world.service.send(here, "/echo tokens=450")
+    world.answer(here)
+    world.service.resume(world.answer(here).id)
+    found = again(world, here, "resume")
+    assert found.rounds_to_leave_out > 0
+    assert not found.cuts_reply

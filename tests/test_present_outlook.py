@@ -52,3 +52,20 @@ def test_only_what_helps_is_offered() -> None:
     panel = present_outlook.offers(Outlook(900, 1156, 1000, fits=False, fits_on_cpu=True), "en")
     assert re.findall('data-act="(.*?)"', panel) == ["on_cpu", "cancel"]
     assert not Outlook(900, 1156, 1000, fits=False).can_be_helped
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_reply_made_anew_or_gone_on_with_has_words_of_its_own(language: str) -> None:
+    asked, again = (present_outlook.offers(SHORT_OF_ROOM, language, wish) for wish in (None, "regenerate"))
+    assert 'data-wish=""' in asked
+    assert 'data-wish="regenerate"' in again
+    for place in (r"<h2.*?</h2>", r"<p.*?</p>", r'data-act="cancel".*?</button>'):
+        assert re.search(place, asked).group() != re.search(place, again).group()  # type: ignore[union-attr]
+    assert "offers." not in again, "every text is there"
+
+
+def test_going_on_from_the_end_of_a_reply_is_offered_as_such() -> None:
+    cut = Outlook(900, 1156, 1000, fits=False, rounds_to_leave_out=2, cuts_reply=True, fits_on_cpu=True)
+    panel = present_outlook.offers(cut, "en", "resume")
+    assert re.findall('data-act="(.*?)"', panel) == ["leave_out", "on_cpu", "cancel"]
+    assert "Read only the end of the reply" in panel

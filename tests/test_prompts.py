@@ -112,3 +112,42 @@ def test_the_oldest_rounds_go_where_memory_is_short_and_a_message_alone_may_be_t
 def test_the_system_text_comes_first() -> None:
     prompt = compose([Message("user", "hi")], ChatSettings(system="  Be brief. "), count)
     assert prompt.messages[0] == Message("system", "Be brief.")
+
+
+def long_reply(characters: int) -> list[Message]:
+    return [
+        Message("user", "go on"),
+        Message("assistant", "".join(chr(97 + n % 26) for n in range(characters))),
+    ]
+
+
+def test_a_reply_that_fills_the_room_alone_goes_on_from_its_end() -> None:
+    for settings, limits in (
+        (ChatSettings(GenerationParams(max_length=1000)), Limits()),
+        (ChatSettings(), Limits(room=1000)),
+    ):
+        said = long_reply(1000)
+        cut = compose(said, settings, count, limits)
+        assert cut.cut
+        assert cut.tokens == token_budget(settings.params, limits), "there is room for as much again"
+        assert cut.messages[0] == said[0]
+        assert said[1].content.endswith(cut.messages[1].content)
+
+
+def test_a_reply_with_room_to_go_on_keeps_its_beginning_and_old_rounds_go_first() -> None:
+    whole = compose(long_reply(600), ChatSettings(), count, Limits(room=1000))
+    assert (whole.cut, whole.left_out) == (False, 0)
+    later = compose([*rounds(20, 20), *long_reply(700)], ChatSettings(), count, Limits(room=1000))
+    assert later.left_out > 0
+    assert not later.cut
+
+
+def test_a_long_question_is_not_given_for_a_short_end_of_its_reply() -> None:
+    said = [Message("user", "x" * 700), Message("assistant", "y" * 100)]
+    assert compose(said, ChatSettings(), count, Limits(room=1000)).messages == tuple(said)
+
+
+def test_a_question_that_fills_the_room_leaves_its_reply_none_to_go_on() -> None:
+    said = [Message("user", "x" * 900), Message("assistant", "y" * 90)]
+    with pytest.raises(InvalidInput, match="room for 1000 tokens"):
+        compose(said, ChatSettings(), count, Limits(room=1000))

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from glmui import i18n
+from glmui.engine import client
 from glmui.errors import EngineError, InvalidInput
 from glmui.hub import starter
-from glmui.tools.chat import Chat, Terminal, answer_once, converse, find_model
+from glmui.prompts import Limits
+from glmui.settings import Settings
+from glmui.tools.chat import Chat, Terminal, Wish, answer_once, converse, find_model, run
 from glmui.types import Chunk, EngineInfo, GenerationParams, Message, Progress, Usage
+from tests.small_world import echo_with_room
 
 
 class Repeater:
@@ -64,7 +69,9 @@ class Screen(io.StringIO):
 
 
 def chat_with(engine: Repeater, system: str = "", max_length: int = 2048) -> Chat:
-    return Chat(engine, count, GenerationParams(max_length=max_length), system)
+    return Chat(
+        engine, count, lambda: Limits(0, engine.room), GenerationParams(max_length=max_length), system
+    )
 
 
 def typed(*lines: str) -> Callable[[str], str]:
@@ -193,3 +200,77 @@ def test_naming_the_starter_fetches_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert find_model("starter", tmp_path, lambda _: None) == tmp_path / "starter"
     assert find_model("echo", tmp_path, lambda _: None) == Path("echo")
     assert asked == [tmp_path]
+
+
+class Wakes(Repeater):
+    """Has room for so many tokens, which nobody knows before it is asked."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._has = room
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: GenerationParams, request_id: str
+    ) -> Iterator[Chunk]:
+        self.room = self._has
+        if (tokens := count(messages)) >= self.room:
+            raise InvalidInput("prompt_beyond_memory", tokens=tokens, room=self.room)
+        yield from super().stream_chat(messages, params, request_id)
+
+
+def test_the_prompt_is_cut_anew_where_memory_turns_out_to_have_less_room() -> None:
+    engine, out = Wakes(100), io.StringIO()
+    chat = chat_with(engine)
+    chat._said = [Message("user", "old " * 90), Message("assistant", "old " * 90)]
+    assert answer_once(chat, "new", Terminal("en", out)).finish_reason == "stop"
+    assert out.getvalue() == "new \n"
+    with pytest.raises(InvalidInput, match="memory has room for only 100"):
+        answer_once(chat, "much " * 200, Terminal("en", out))
+
+
+def out_of_memory_after(words: int) -> Repeater:
+    left = [words]
+
+    def between() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise EngineError("memory_kept.context", tokens=512)
+
+    return Repeater(between)
+
+
+def test_json_keeps_what_was_written_before_memory_ran_out_and_tells_of_it() -> None:
+    out = io.StringIO()
+    with pytest.raises(EngineError):
+        answer_once(chat_with(out_of_memory_after(2)), "one two three", Terminal("en", out), as_json=True)
+    answer = json.loads(out.getvalue())
+    assert (answer["response"], answer["finish_reason"]) == ("one two ", "error")
+    assert answer["completion_tokens"] == 2
+    assert answer["error"]["code"] == "memory_broke_off.alone"
+    assert "--max-length" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("kind", ["pieces", "context", "layers", "reserve", "cpu"])
+def test_the_terminal_promises_no_continue(kind: str, language: str) -> None:
+    def between() -> None:
+        raise EngineError(f"memory_kept.{kind}", tokens=123, layers=123, gb=123)
+
+    out = io.StringIO()
+    converse(chat_with(Repeater(between)), Terminal(language, out), typed("hello"))
+    said = out.getvalue()
+    assert i18n.text(language, "chat.continue") not in said
+    assert "memory_" not in said
+    assert ("123" in said) == (kind != "cpu")
+
+
+def test_the_first_prompt_knows_the_room_there_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine of so little memory that the message has no room: it is said before anything is loaded."""
+    started: list[object] = []
+    monkeypatch.setattr(client, "EngineProcess", started.append)
+    wish = Wish(echo_with_room(1000).model, "word " * 600, GenerationParams())
+    with pytest.raises(InvalidInput, match="memory has room for only"):
+        run(wish, Settings(data_dir=tmp_path, device="cuda"), "en")
+    assert started == []

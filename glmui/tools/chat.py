@@ -14,14 +14,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from glmui import i18n, notes, prompts
+from glmui import i18n, notes
+from glmui.answering import answered
 from glmui.engine.client import EngineClient
 from glmui.engine.families import check_extras
-from glmui.errors import GlmuiError, InvalidInput
+from glmui.errors import EngineError, GlmuiError, InvalidInput
 from glmui.hub import installed, starter
+from glmui.meter import Meter
+from glmui.outlook import Rooms, foreseer
+from glmui.prompts import Limits
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.text import open_counter
 from glmui.types import ChatEngine, ChatSettings, Chunk, GenerationParams, Message, Progress, TokenCounter
@@ -45,9 +50,12 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
     folder = find_model(wish.model, settings.data_dir, terminal.show)
     spec = spec_of(settings, wish.model, folder)
     check_extras(spec)
-    engine = EngineClient(spec)
+    engine, meter = EngineClient(spec), Meter()
+    rooms = Rooms(engine, foreseer(engine, meter))
+    rooms.configured(spec)
     try:
-        chat = Chat(engine, open_counter(folder, settings.chatglm_family), wish.params, wish.system)
+        count = open_counter(folder, settings.chatglm_family)
+        chat = Chat(engine, count, partial(rooms.limits, spec), wish.params, wish.system)
         if wish.prompt is None:
             converse(chat, terminal)
         else:
@@ -56,6 +64,7 @@ def run(wish: Wish, settings: Settings, language: str) -> int:
                 print(words, file=sys.stderr)
     finally:
         engine.close()
+        meter.close()
     return 0
 
 
@@ -67,13 +76,19 @@ def find_model(name: str, data_dir: Path, show: Callable[[Progress], None]) -> P
 
 
 class Chat:
-    """One conversation, remembered here and nowhere else."""
+    """One conversation, remembered here and nowhere else. limits: the room that is known of now."""
 
     def __init__(
-        self, engine: ChatEngine, count: TokenCounter, params: GenerationParams, system: str = ""
+        self,
+        engine: ChatEngine,
+        count: TokenCounter,
+        limits: Callable[[], Limits],
+        params: GenerationParams,
+        system: str = "",
     ) -> None:
         self._engine = engine
         self._count = count
+        self._limits = limits
         self._settings = ChatSettings(params, system)
         self._said: list[Message] = []
         self._running = ""
@@ -82,16 +97,15 @@ class Chat:
         """Stream the reply to `text`; whatever came of it is remembered. Raises GlmuiError."""
         if not text.strip():
             raise InvalidInput("empty_message")
-        info = self._engine.info()
-        limits = prompts.Limits(info.context_length, info.context_room)
-        prompt = prompts.compose([*self._said, Message("user", text)], self._settings, self._count, limits)
-        left_out = notes.left_out(prompt.left_out)
+        said = [*self._said, Message("user", text)]
         self._running, answer = uuid.uuid4().hex, ""
-        params = limits.bounded(self._settings.params)
         try:
-            for chunk in self._engine.stream_chat(prompt.messages, params, self._running):
+            for prompt, chunk in answered(
+                said, self._settings, self._engine, self._count, self._limits, self._running
+            ):
                 answer += chunk.text
-                yield replace(chunk, note=notes.join(left_out, chunk.note)) if chunk.finish_reason else chunk
+                left_out = notes.left_out(prompt.left_out) if chunk.finish_reason else ""
+                yield replace(chunk, note=notes.join(left_out, chunk.note))
         finally:
             self._running = ""
             if answer:
@@ -156,8 +170,11 @@ class Terminal:
             self._shown = 0
 
 
-def answer_once(chat: Chat, prompt: str, terminal: Terminal, as_json: bool = False) -> Chunk:
-    """Print one reply as it comes, or as one JSON object at its end; its last chunk."""
+def answer_once(
+    chat: Chat, prompt: str, terminal: Terminal, as_json: bool = False, alone: bool = True
+) -> Chunk:
+    """Print one reply as it comes, or as one JSON object at its end, which tells of an error too; its last
+    chunk. alone: no other follows. Raises GlmuiError."""
     began, text, last = time.monotonic(), "", Chunk()
     try:
         for last in chat.ask(prompt):
@@ -166,21 +183,36 @@ def answer_once(chat: Chat, prompt: str, terminal: Terminal, as_json: bool = Fal
                 terminal.show(last.progress)
             elif not as_json:
                 terminal.write(last.text)
-    except GlmuiError:
-        terminal.write("\n" if text and not as_json else "")  # what is said of it gets a line of its own
-        raise
+    except GlmuiError as caught:
+        error = _without_continue(caught, alone)
+        if as_json:
+            broken = replace(last, finish_reason="error")
+            told = {"error": {"code": error.code, "message": error.message(terminal.language)}}
+            terminal.write(_as_json(text, broken, time.monotonic() - began, told))
+        else:
+            terminal.write("\n" if text else "")  # what is said of it gets a line of its own
+        raise error from None
     terminal.write(_as_json(text, last, time.monotonic() - began) if as_json else "\n")
     return last
 
 
-def _as_json(text: str, last: Chunk, seconds: float) -> str:
+def _without_continue(error: GlmuiError, alone: bool) -> GlmuiError:
+    """The error as it is told where there is no Continue, as the page has it."""
+    kept, _, kind = error.code.partition(".")
+    if kept != "memory_kept":
+        return error
+    return EngineError(f"memory_broke_off.{'alone' if alone else kind}", **error.values)
+
+
+def _as_json(text: str, last: Chunk, seconds: float, more: dict[str, Any] | None = None) -> str:
     usage = last.usage
     answer = {
         "response": text,
         "prompt_tokens": usage.prompt_tokens if usage else 0,
-        "completion_tokens": usage.completion_tokens if usage else 0,
+        "completion_tokens": usage.completion_tokens if usage else last.tokens,
         "seconds": round(usage.seconds if usage else seconds, 3),
         "finish_reason": last.finish_reason,
+        **(more or {}),
     }
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
@@ -202,7 +234,7 @@ def converse(chat: Chat, terminal: Terminal, read: Callable[[str], str] = input)
 def _answer_on(chat: Chat, line: str, terminal: Terminal) -> None:
     """One round; what goes wrong ends it and not the conversation."""
     try:
-        last = answer_once(chat, line, terminal)
+        last = answer_once(chat, line, terminal, alone=False)
     except GlmuiError as error:
         terminal.write(f"{error.message(terminal.language)}\n")
     else:

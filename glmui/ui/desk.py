@@ -6,14 +6,14 @@ import asyncio
 import platform
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from glmui import i18n
-from glmui.chat import ChatService
+from glmui.chat import Again, ChatService
 from glmui.choice import Choice
 from glmui.doctor.examine import examine
 from glmui.doctor.finding import Finding
@@ -23,6 +23,7 @@ from glmui.engine.device import count_physical_cores
 from glmui.errors import InvalidInput, NotFound
 from glmui.hub import installed
 from glmui.jobs import Job
+from glmui.memory.visible import visible
 from glmui.meter import Meter
 from glmui.outlook import Outlook, RoomLeft
 from glmui.store import StoredMessage
@@ -185,13 +186,13 @@ class Desk:
 
     def devices(self, language: str) -> list[tuple[str, str]]:
         """(label, name) of every device this machine has, "auto" first."""
-        cards = self.meter.read(None).cards
-        names = ["auto", "cpu"] + [f"cuda:{card.index}" for card in cards] + (["mixed"] if cards else [])
+        cards = visible(self.meter.read(None).cards)
+        names = ["auto", "cpu", *cards, *(["mixed"] if cards else [])]
         if sys.platform == "darwin" and platform.machine() == "arm64":
             names.append("mps")
         if (chosen := self.choice.settings.device) not in names:  # given by a flag, or a card that is gone
             names.append(chosen)
-        labels = {f"cuda:{card.index}": f"{card.name} (cuda:{card.index})" for card in cards}
+        labels = {name: f"{card.name} ({name})" for name, card in cards.items()}
         words = i18n.table(language)
         return [(labels.get(name) or words.get(f"settings.device_{name}", name), name) for name in names]
 
@@ -199,7 +200,9 @@ class Desk:
         """What the doctor finds now. Takes some seconds."""
         settings = self.choice.settings
         _, error = read_settings({"data_dir": settings.data_dir})
-        return examine(this_machine(settings, error, encoding=""))
+        pid = self.service.engine.info().pid
+        engine = None if pid is None else self.meter.read(pid)
+        return examine(this_machine(settings, error, encoding="", engine=engine))
 
     @property
     def cores(self) -> int:
@@ -222,10 +225,13 @@ class Desk:
         self.service.check(text, tab)
         if self.service.live(conversation_id):
             return None
-        with suppress(InvalidInput):  # beyond max_length: the reply tells it, and the message is kept
-            outlook = self.service.outlook(conversation_id, text, settings)
-            return outlook if outlook and not outlook.fits and outlook.can_be_helped else None
-        return None
+        return _to_choose_from(lambda: self.service.outlook(conversation_id, text, settings))
+
+    def outlook_again(self, conversation_id: str, wish: Again) -> Outlook | None:
+        """The same for another answer to the newest message, or for the last reply's going on."""
+        if self.service.live(conversation_id):
+            return None
+        return _to_choose_from(lambda: self.service.outlook_again(conversation_id, wish))
 
     def room_left(self, conversation_id: str) -> RoomLeft | None:
         """What the conversation leaves for its next message; None before its first."""
@@ -250,3 +256,17 @@ class Desk:
             conversation_id = self.service.new_conversation(settings).id
         self.service.send(conversation_id, text, client=tab, once=once)
         return conversation_id
+
+    def again(self, conversation_id: str, wish: Again, tab: str, once: Once = USUAL) -> None:
+        """Answer the newest message once more, or let the last reply go on."""
+        if wish == "regenerate":
+            self.service.regenerate(conversation_id, client=tab, once=once)
+        elif reply := self.view(conversation_id).last_reply:
+            self.service.resume(reply.id, client=tab, once=once)
+
+
+def _to_choose_from(look: Callable[[], Outlook | None]) -> Outlook | None:
+    with suppress(InvalidInput):  # beyond max_length: the reply tells it, and the message is kept
+        outlook = look()
+        return outlook if outlook and not outlook.fits and outlook.can_be_helped else None
+    return None

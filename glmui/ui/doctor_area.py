@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from glmui.ui.words import Words
+from glmui.i18n import Words
 
 # Copies the report; its result is the button's new label. Plain HTTP from another machine has no clipboard.
 _COPY = """

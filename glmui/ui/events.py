@@ -8,35 +8,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from functools import wraps
 from hashlib import md5
 from typing import Any
 
 import gradio as gr
 
 from glmui.doctor.report import report
-from glmui.errors import GlmuiError, InvalidInput
-from glmui.types import USUAL, ChatSettings, Once
+from glmui.errors import GlmuiError
+from glmui.i18n import Words
+from glmui.meter import Reading
+from glmui.types import ChatSettings
 from glmui.ui import present, present_doctor, present_models, present_outlook, present_plan, settings_area
+from glmui.ui.asking_events import AskingEvents, told
 from glmui.ui.desk import PAGE_OF_MESSAGES, Desk, View
 from glmui.ui.memory_events import CONTROLS, MemoryEvents
-from glmui.ui.words import Words
 
 Updates = Any  # one value, or a tuple with one for each output
-
-
-def told(method: Callable[..., Updates]) -> Callable[..., Updates]:
-    """An error for the reader becomes a notice on the page, and nothing else changes."""
-
-    @wraps(method)
-    def wrapper(self: Events, *args: Any) -> Updates:
-        try:
-            return method(self, *args)
-        except GlmuiError as error:
-            raise gr.Error(error.message(self.language), print_exception=False) from None
-
-    return wrapper
-
 
 ENGINE_SETTINGS = 8 + CONTROLS  # what _engine_settings updates
 
@@ -46,6 +33,7 @@ class Events:
         self.desk = desk
         self.words = words
         self.language = words.language
+        self.asking = AskingEvents(desk, words)
         self.memory = MemoryEvents(desk.memory, words)
 
     # Conversations. "Here" is: current, how many messages are shown, the conversation's settings.
@@ -66,9 +54,10 @@ class Events:
     def _engine_settings(self) -> tuple[Updates, ...]:
         chosen = self.desk.choice.settings
         model = gr.update(choices=self.desk.models(self.language), value=chosen.model or None)
+        device = gr.update(choices=self.desk.devices(self.language), value=chosen.device)
         chatglm = gr.update(value=chosen.chatglm_family or None, visible=self.desk.choice.in_doubt())
         return (
-            model, chatglm, chosen.device, chosen.prefix, chosen.adapter,
+            model, chatglm, device, chosen.prefix, chosen.adapter,
             chosen.quantize, chosen.threads, chosen.idle_minutes, *self.memory.controls(),
         )  # fmt: skip
 
@@ -97,56 +86,6 @@ class Events:
         self.desk.service.restore(newest)
         return others, gr.update(visible=bool(others)), *self._here(newest)
 
-    # Asking
-
-    @told
-    def send(self, current: str, text: str, tab: str, *values: Any) -> Updates:
-        """The message goes out. Where memory lacks room for it, it stays in the box, with what would help."""
-        settings = settings_area.gather(values)
-        try:
-            outlook = self.desk.outlook(current, text, settings, tab)
-        except InvalidInput as error:
-            if error.code != "empty_message":
-                raise
-            return gr.skip(), gr.update(placeholder=error.message(self.language)), ""
-        if outlook:
-            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.language)
-        return self._sent(current, text, tab, settings)
-
-    def _sent(self, current: str, text: str, tab: str, settings: ChatSettings, once: Once = USUAL) -> Updates:
-        sent = self.desk.send(current, text, settings, tab, once)
-        return sent, gr.update(value="", placeholder=self.words("chat.placeholder")), ""
-
-    @told
-    def take_offer(self, event: gr.EventData, current: str, text: str, tab: str, *values: Any) -> Updates:
-        """What was chosen is done where it still helps: text, settings and memory may be others by now."""
-        if event.act == "cancel":
-            return gr.skip(), gr.skip(), ""
-        settings = settings_area.gather(values)
-        outlook = self.desk.outlook(current, text, settings, tab)
-        if outlook is None:
-            return self._sent(current, text, tab, settings)
-        if event.act not in [act for act, *_ in present_outlook.acts(outlook)]:
-            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.language)
-        return self._sent(current, text, tab, settings, self.desk.take_offer(event.act, outlook))
-
-    @told
-    def stop(self, current: str) -> None:
-        self.desk.service.stop(current)
-
-    @told
-    def regenerate(self, current: str, tab: str) -> None:
-        self.desk.service.regenerate(current, client=tab)
-
-    @told
-    def resume(self, current: str, tab: str) -> None:
-        if reply := self.desk.view(current).last_reply:
-            self.desk.service.resume(reply.id, client=tab)
-
-    @told
-    def show_version(self, current: str, event: gr.EventData) -> None:
-        self.desk.show_version(current, event.step)
-
     # Following
 
     async def follow(self, tab: str, current: str, shown: int) -> AsyncIterator[Updates]:
@@ -170,11 +109,11 @@ class Events:
     def _view(self, view: View) -> tuple[Updates, ...]:
         last = view.last_reply
         return (
-            present.thread(view.messages, view.live, self.language, view.seen),
-            present.status(view.live, view.place, last, self.language),
+            present.thread(view.messages, view.live, self.words, view.seen),
+            present.status(view.live, view.place, last, self.words),
             gr.update(submit_btn=not view.live, stop_btn=bool(view.live)),
             gr.update(visible=view.more),
-            present.versions(None if view.live else last, self.language),
+            present.versions(None if view.live else last, self.words),
             gr.update(visible=view.can_continue),
             gr.update(visible=bool(view.messages) and not view.live),
             gr.skip() if view.live else present_outlook.room(view.left, self.language),
@@ -206,6 +145,10 @@ class Events:
             self.desk.choose(**{name: value})
 
         return lambda value: change(self, value)
+
+    def kept(self, name: str) -> Callable[[], Any]:
+        """The handler that shows one setting as it is."""
+        return lambda: getattr(self.desk.choice.settings, name)
 
     @told
     def keep_layers(self, layers: float | None, fit: bool = False) -> Updates:
@@ -255,29 +198,36 @@ class Events:
         pulse: int,
         query: str,
         shelf: str,
-        *layers: Any,
+        fit: bool,
+        layers: float | None,
+        *told: str,
     ) -> Updates:
         service, chosen = self.desk.service, self.desk.choice.settings
         info = service.engine.info()
+        reading = self.desk.meter.read(info.pid)
+        news = self._news(current, seen, query)
+        if news:  # the slider is about to stand elsewhere
+            fit, layers = chosen.layers_on_gpu is None, chosen.layers_on_gpu
         return (
-            present.meter(self.desk.meter.read(info.pid), self.language) + self._aside(),
-            present.engine(info, chosen.model, service.running(), self.language, chosen.idle_minutes),
+            present.meter(reading, self.words) + self._aside(),
+            present.engine(info, chosen.model, service.running(), self.words, chosen.idle_minutes),
             self._room(current),
             pulse + 1 if self.desk.needs_follower(tab, current, showing) else gr.skip(),
-            *self._news(current, seen, query),
-            *self._shelf(shelf),
-            *self.memory.plan(*layers),
+            *(news or (gr.skip(),) * (5 + ENGINE_SETTINGS)),
+            *self._shelf(shelf, reading),
+            *self.memory.plan(fit, layers, *told),
         )
 
     def _news(self, current: str, seen: str, query: str) -> tuple[Updates, ...]:
-        """The list and the settings, where they have changed; a database that refuses, in the banner."""
+        """The list and the settings, nothing where they have not changed; a database that refuses, in the
+        banner."""
         service, chosen = self.desk.service, self.desk.choice.settings
         models = self.desk.shelf.names()
         news = f"{service.changes}|{current}|{query}|{chosen!r}|{models}|{time.strftime('%j')}"
         if news == seen:
-            return (gr.skip(),) * (5 + ENGINE_SETTINGS)
+            return ()
         try:
-            rows = present.conversations(service.store.conversations(query), current, query, self.language)
+            rows = present.conversations(service.store.conversations(query), current, query, self.words)
         except GlmuiError as error:
             rows, news, trouble = gr.skip(), gr.skip(), error.message(self.language)
         else:
@@ -304,9 +254,9 @@ class Events:
         downloads = self.desk.shelf.downloads
         return present_models.aside(downloads.running, downloads.paused, self.language)
 
-    def _shelf(self, seen: str) -> tuple[Updates, ...]:
+    def _shelf(self, seen: str, reading: Reading) -> tuple[Updates, ...]:
         """The Models area and the welcome, where either has changed."""
-        look = self.desk.shelf.look()
+        look = self.desk.shelf.look(reading)
         models = present_models.models(look, self.language)
         welcome = present_models.welcome(look, self.language)
         news = md5((models + welcome).encode(), usedforsecurity=False).hexdigest()

@@ -27,10 +27,13 @@ _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _CLOSING = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
 
 
-@lru_cache(maxsize=512)
 def for_display(text: str) -> str:
     """Markdown without raw HTML, without images, and with every code block closed."""
     return "".join(_Scanner(text).parts())
+
+
+# For what does not change any more: it is shown again at every piece of the reply below it.
+kept_for_display = lru_cache(maxsize=512)(for_display)
 
 
 class _Scanner:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from glmui.ui.words import Words
+from glmui.i18n import Words
 
 KINDS = ("auto", "fp32", "fp16", "bf16", "int8")
 MOST_LAYERS = 28  # of the slider until a model is known
@@ -113,7 +113,7 @@ def build_memory(words: Words, has_card: bool, cores: int) -> MemoryArea:
             label=words("settings.threads"),
             info=words("settings.threads_info", cores=cores),
             precision=0,
-            minimum=0,
+            minimum=1,
             maximum=1024,
         )
         idle = gr.Number(

@@ -123,7 +123,7 @@ class Cards:
         if task is None:
             return ""
         if not task.problems:
-            words = self.say("shelf.whole", time=when(task.ended, self.language))
+            words = self.say("shelf.whole", time=when(task.ended, i18n.Words(self.language)))
             return f'<p class="fine" role="status">{words}</p>'
         return "".join(self._trouble(problem.message(self.language)) for problem in task.problems)
 

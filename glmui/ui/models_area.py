@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from glmui.ui.words import Words
+from glmui.i18n import Words
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glmui import __version__, i18n
-from glmui.ui import look, page
+from glmui.ui import page
 from glmui.ui.desk import Desk
+from glmui.ui.theme import theme
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -33,7 +34,7 @@ def mount(app: FastAPI, desk: Desk) -> None:
             run_history=False,
             show_error=False,
             max_file_size="1kb",  # the page takes no files
-            theme=look.theme(),
+            theme=theme(),
             css=style,
             head=f'<script src="/glmui/assets/glmui.js?{language}-{__version__}"></script>',
         )

@@ -7,18 +7,16 @@ from typing import Any
 
 import gradio as gr
 
+from glmui.i18n import Words
 from glmui.ui import chat_area, doctor_area, list_area, models_area, settings_area, welcome_area
 from glmui.ui.desk import PAGE_OF_MESSAGES, Desk
 from glmui.ui.events import Events
-from glmui.ui.words import Words
 
 TICK_SECONDS = 2
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}  # answered at once, beside the queue
-ACT: dict[str, Any] = {
-    **PRIVATE,
-    "concurrency_limit": None,
-}  # through the queue, which alone can show a notice
+# Through the queue, which alone can show a notice.
+ACT: dict[str, Any] = {**PRIVATE, "concurrency_limit": None}
 
 
 def build(desk: Desk, language: str, assets: Path) -> gr.Blocks:
@@ -91,15 +89,17 @@ class _Wiring:
         self._then_follow(opened)
 
     def _asking(self) -> None:
-        do, chat = self.do, self.chat
+        do, chat = self.do.asking, self.chat
         asked = [self.current, chat.box, self.tab, *self.settings.of_conversation]
         answered = [self.current, chat.box, chat.offers]
         self._then_follow(chat.box.submit(do.send, asked, answered, preprocess=False, **ACT))
-        self._then_follow(chat.offers.select(do.take_offer, asked, answered, preprocess=False, **ACT))
+        taken = chat.offers.select(do.take_offer, asked, answered, preprocess=False, **ACT)
+        self._then_follow(taken)
+        taken.success(**self._tick())  # layers that were moved are told of at once
         self.current.change(lambda: "", None, chat.offers, **QUICK)
         chat.box.stop(do.stop, self.current, None, **ACT)
         for button, act in ((chat.regenerate, do.regenerate), (chat.resume, do.resume)):
-            self._then_follow(button.click(act, [self.current, self.tab], None, **ACT))
+            self._then_follow(button.click(act, [self.current, self.tab], chat.offers, **ACT))
         self._then_follow(chat.versions.select(do.show_version, self.current, None, **ACT))
         more = chat.earlier.click(lambda shown: shown + PAGE_OF_MESSAGES, self.shown, self.shown, **QUICK)
         self._then_follow(more)
@@ -119,10 +119,11 @@ class _Wiring:
 
     def _conversation_settings(self) -> None:
         do, ours = self.do, self.settings
-        numbers = [*ours.sliders, ours.rounds, ours.tokens]
+        shown = ours.history
+        numbers = [*ours.sliders, shown.rounds, shown.tokens]
         changes = [slider.release for slider in numbers] + [slider.input for slider in numbers]
         gr.on(
-            [*changes, ours.history.input, ours.system.change],
+            [*changes, shown.mode.input, shown.system.change],
             do.keep_settings,
             [self.current, *ours.of_conversation],
             None,
@@ -130,36 +131,44 @@ class _Wiring:
             preprocess=False,  # a number may be half typed: `gather` brings it within bounds
             **ACT,
         )
-        ours.reset.click(do.reset, self.current, ours.of_conversation, **ACT)
-        ours.history.change(
+        shown.reset.click(do.reset, self.current, ours.of_conversation, **ACT)
+        shown.mode.change(
             lambda mode: (gr.update(visible=mode == "rounds"), gr.update(visible=mode == "tokens")),
-            ours.history,
-            [ours.rounds, ours.tokens],
+            shown.mode,
+            [shown.rounds, shown.tokens],
             **QUICK,
         )
 
     def _model(self) -> None:
-        do, ours = self.do, self.settings
+        do, ours, extras = self.do, self.settings, self.settings.extras
         changes = [
-            ("model", ours.model, ours.model.input),
-            ("chatglm_family", ours.chatglm, ours.chatglm.input),
+            ("model", ours.model.choice, ours.model.choice.input),
+            ("chatglm_family", ours.model.chatglm, ours.model.chatglm.input),
             ("quantize", ours.memory.quantize, ours.memory.quantize.input),
-            ("prefix", ours.prefix, ours.prefix.blur),
-            ("adapter", ours.adapter, ours.adapter.blur),
-            ("prefix", ours.prefix, ours.prefix.submit),
-            ("adapter", ours.adapter, ours.adapter.submit),
-            ("threads", ours.memory.threads, ours.memory.threads.blur),
-            ("idle_minutes", ours.memory.idle, ours.memory.idle.blur),
+            ("prefix", extras.prefix, extras.prefix.blur),
+            ("adapter", extras.adapter, extras.adapter.blur),
+            ("prefix", extras.prefix, extras.prefix.submit),
+            ("adapter", extras.adapter, extras.adapter.submit),
         ]
         for name, control, changed in changes:
             changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
-        asked = [ours.use_folder.click, ours.folder.submit]
-        gr.on(asked, do.use_folder, ours.folder, [ours.folder, ours.model], **ACT)
+        self._number("threads", ours.memory.threads)
+        self._number("idle_minutes", ours.memory.idle)
+        folder = ours.model.folder
+        asked = [ours.model.use_folder.click, folder.submit]
+        gr.on(asked, do.use_folder, folder, [folder, ours.model.choice], **ACT)
+
+    def _number(self, name: str, box: gr.Number) -> Any:
+        """A setting that is a number: one that is refused gives way to the one that is kept."""
+        change, kept = self.do.choose(name), self.do.kept(name)
+        changed = box.blur(change, box, None, trigger_mode="always_last", preprocess=False, **ACT)
+        changed.failure(kept, None, box, **QUICK)
+        return changed
 
     def _memory(self) -> None:
         """Whatever changes what goes where is followed by a tick, which tells it at once."""
-        do, ours, memory = self.do, self.settings, self.settings.memory
-        layers = ours.layers
+        do, model, memory = self.do, self.settings.model, self.settings.memory
+        layers = model.layers
         layers.slider.input(
             do.memory.predict,
             layers.slider,
@@ -183,14 +192,14 @@ class _Wiring:
             *(
                 changed(do.choose(name), control, None, trigger_mode="always_last", preprocess=False, **ACT)
                 for name, control, changed in (
-                    ("context", memory.context, memory.context.blur),
                     ("kv_cache", memory.cache, memory.cache.input),
                     ("head_bits", memory.head, memory.head.input),
-                    ("vram_reserve_gb", memory.reserve, memory.reserve.blur),
-                    ("device", ours.device, ours.device.input),
+                    ("device", model.device, model.device.input),
                 )
             ),
-            ours.unload.click(do.memory.free, None, ours.freed, **ACT),
+            self._number("context", memory.context),
+            self._number("vram_reserve_gb", memory.reserve),
+            model.unload.click(do.memory.free, None, model.freed, **ACT),
         ]
         for event in kept:
             event.success(**self._tick())
@@ -205,19 +214,20 @@ class _Wiring:
         area.look.click(self.do.examine, None, shown, **{**ACT, "concurrency_limit": 1})  # it is heavy work
 
     def _tick(self) -> dict[str, Any]:
-        side, chat, ours, models = self.list, self.chat, self.settings, self.models
+        side, chat, models = self.list, self.chat, self.models
+        model, memory, extras = self.settings.model, self.settings.memory, self.settings.extras
         return {
             "fn": self.do.tick,
             "inputs": [
                 self.tab, self.current, self.showing, self.seen, self.pulse, side.search, models.seen,
-                ours.layers.fit, ours.layers.slider, *ours.layers.told,
+                model.layers.fit, model.layers.slider, *model.layers.told,
             ],
             "outputs": [
                 side.meter, chat.chip, chat.room, self.pulse,
                 side.rows, self.seen, chat.banner, chat.thread, self.welcome.panel,
-                ours.model, ours.chatglm, ours.device, ours.prefix, ours.adapter,
-                *ours.memory.engine, *ours.layers.controls, *ours.memory.controls,
-                models.shelf, self.welcome.ways, models.seen, *ours.layers.told,
+                model.choice, model.chatglm, model.device, extras.prefix, extras.adapter,
+                *memory.engine, *model.layers.controls, *memory.controls,
+                models.shelf, self.welcome.ways, models.seen, *model.layers.told,
             ],
             "preprocess": False,  # the slider's number may be empty for a moment
             **QUICK,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from html import escape
 
 from glmui import i18n
@@ -13,7 +12,6 @@ from glmui.doctor.report import MARKS, summary
 
 def findings(found: Sequence[Finding], language: str) -> str:
     """What is wrong first, each with what to do; then all that is well, in small print."""
-    say = partial(i18n.text, language)
     cards = "".join(
         _card(finding, language)
         for status in ("problem", "warning")
@@ -21,22 +19,25 @@ def findings(found: Sequence[Finding], language: str) -> str:
         if finding.status == status
     )
     rows = "".join(
-        f"<dt>{escape(finding.title(language))}</dt><dd>{escape(finding.detail(language))}</dd>"
+        f"<dt>{escape(finding.title(language))}</dt><dd>{_lines(finding.detail(language))}</dd>"
         for finding in found
         if finding.status == "ok"
     )
     return (
         f'<div class="shelf findings"><p role="status" class="summary">{escape(summary(found, language))}</p>'
         + (f"<ul>{cards}</ul>" if cards else "")
-        + f"<h3>{escape(say('doctor.well'))}</h3><dl>{rows}</dl></div>"
+        + f"<h3>{escape(i18n.text(language, 'doctor.well'))}</h3><dl>{rows}</dl></div>"
     )
 
 
 def _card(finding: Finding, language: str) -> str:
     word = escape(i18n.text(language, f"doctor.status.{finding.status}"))
-    detail = escape(finding.detail(language)).replace("\n", "<br>")
     return (
         f'<li class="{finding.status}"><div class="head"><h4>{escape(finding.title(language))}</h4>'
         f'<i class="tag">{MARKS[finding.status]} {word}</i></div>'
-        f"<p>{detail}</p><p class='cure'>{escape(finding.cure(language))}</p></li>"
+        f"<p>{_lines(finding.detail(language))}</p><p class='cure'>{escape(finding.cure(language))}</p></li>"
     )
+
+
+def _lines(text: str) -> str:
+    return escape(text).replace("\n", "<br>")

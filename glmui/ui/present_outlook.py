@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from glmui import i18n
+from glmui.chat import Again
 from glmui.outlook import Outlook, RoomLeft
 
 
@@ -28,17 +29,23 @@ def about(tokens: int) -> str:
     return f"{tokens // step * step:,}"
 
 
-def offers(outlook: Outlook, language: str) -> str:
+def offers(outlook: Outlook, language: str, wish: Again | None = None) -> str:
     """The panel above the box: what is wrong, and a button for each thing that helps. assets/offers.js gives
-    it its life."""
+    it its life.
+
+    wish: what was asked for where it was no new message; the answer to the panel names it.
+    """
+    again = "_again" if wish else ""
     say = partial(i18n.text, language)
-    words = say("offers.why", needed=f"{outlook.needed:,}", room=f"{outlook.room:,}")
+    words = say(f"offers.why{again}", needed=f"{outlook.needed:,}", room=f"{outlook.room:,}")
+    leave = html.escape(say(f"offers.cancel{again}"))
     buttons = "".join(_button(act, key, numbers, language) for act, key, numbers in acts(outlook))
     return (
-        '<section class="offers" role="dialog" aria-labelledby="offers-title" aria-describedby="offers-why">'
-        f'<h2 id="offers-title">{html.escape(say("offers.title"))}</h2>'
+        f'<section class="offers" role="dialog" data-wish="{wish or ""}" aria-labelledby="offers-title"'
+        ' aria-describedby="offers-why">'
+        f'<h2 id="offers-title">{html.escape(say(f"offers.title{again}"))}</h2>'
         f'<p id="offers-why">{html.escape(words)}</p>{buttons}'
-        f'<button type="button" class="quiet" data-act="cancel">{html.escape(say("offers.cancel"))}</button>'
+        f'<button type="button" class="quiet" data-act="cancel">{leave}</button>'
         "</section>"
     )
 
@@ -47,7 +54,9 @@ def acts(outlook: Outlook) -> list[tuple[str, str, dict[str, Any]]]:
     """What would help, the least costly first: (act, a key of the locales' "offers", its numbers)."""
     rounds, layers, tokens = outlook.rounds_to_leave_out, outlook.layers_to_move, outlook.reply_room
     found: list[tuple[str, str, dict[str, Any]]] = []
-    if rounds:
+    if outlook.cuts_reply:
+        found.append(("leave_out", "leave_out_begun", {}))
+    elif rounds:
         found.append(("leave_out", "leave_out_one" if rounds == 1 else "leave_out", {"rounds": rounds}))
     if tokens:
         found.append(("shorter", "shorter", {"tokens": f"{tokens:,}"}))

@@ -8,9 +8,9 @@ from typing import Any
 
 import gradio as gr
 
+from glmui.i18n import Words
 from glmui.types import BOUNDS, ChatSettings, GenerationParams
 from glmui.ui import memory_area
-from glmui.ui.words import Words
 
 # slider: (name, lowest, highest, step); the page's reach may be narrower than BOUNDS
 SLIDERS = (
@@ -20,34 +20,52 @@ SLIDERS = (
     ("top_k", 0, 200, 1),
     ("repetition_penalty", *BOUNDS["repetition_penalty"], 0.05),
 )
+ROUNDS, TOKENS = (0, 50), (64, 8192)  # (lowest, highest) of what the model is shown
+ROUNDS, TOKENS = (0, 50), (64, 8192)  # (lowest, highest) of what the model is shown
 PARAMS = tuple(name for name, *_ in SLIDERS)
 NAMES = (*PARAMS, "history", "history_rounds", "history_tokens", "system")
 
 
 @dataclass(frozen=True, slots=True)
-class SettingsArea:
-    model: gr.Dropdown
+class ModelArea:
+    choice: gr.Dropdown
     folder: gr.Textbox
     use_folder: gr.Button
     chatglm: gr.Dropdown
-    prefix: gr.Textbox
-    adapter: gr.Textbox
     device: gr.Dropdown
     layers: memory_area.LayersArea
     unload: gr.Button
     freed: gr.HTML
-    memory: memory_area.MemoryArea
-    sliders: tuple[gr.Slider, ...]
-    history: gr.Radio
+
+
+@dataclass(frozen=True, slots=True)
+class ExtrasArea:
+    prefix: gr.Textbox
+    adapter: gr.Textbox
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryArea:
+    mode: gr.Radio
     rounds: gr.Slider
     tokens: gr.Slider
     system: gr.Textbox
     reset: gr.Button
 
+
+@dataclass(frozen=True, slots=True)
+class SettingsArea:
+    model: ModelArea
+    memory: memory_area.MemoryArea
+    extras: ExtrasArea
+    sliders: tuple[gr.Slider, ...]
+    history: HistoryArea
+
     @property
     def of_conversation(self) -> list[gr.Component]:
         """What each conversation keeps for itself, in the order `gather` and `spread` speak of it."""
-        return [*self.sliders, self.history, self.rounds, self.tokens, self.system]
+        shown = self.history
+        return [*self.sliders, shown.mode, shown.rounds, shown.tokens, shown.system]
 
 
 def gather(values: Sequence[Any]) -> ChatSettings:
@@ -55,16 +73,19 @@ def gather(values: Sequence[Any]) -> ChatSettings:
     named = dict(zip(NAMES, values, strict=True))
     default = ChatSettings()
     for name, low, high, step in SLIDERS:
-        number = named[name] if isinstance(named[name], int | float) else getattr(default.params, name)
-        number = min(max(number, low), high)
+        number = _within(named[name], low, high, getattr(default.params, name))
         named[name] = int(number) if isinstance(step, int) else float(number)
     return ChatSettings(
         params=GenerationParams(**{name: named[name] for name in PARAMS}),
         system=named["system"] or "",
         history=named["history"] or default.history,
-        history_rounds=int(named["history_rounds"] or 0),
-        history_tokens=int(named["history_tokens"] or default.history_tokens),
+        history_rounds=int(_within(named["history_rounds"], *ROUNDS, default.history_rounds)),
+        history_tokens=int(_within(named["history_tokens"], *TOKENS, default.history_tokens)),
     )
+
+
+def _within(value: Any, low: float, high: float, default: float) -> float:
+    return min(max(value if isinstance(value, int | float) else default, low), high)
 
 
 def spread(settings: ChatSettings) -> list[object]:
@@ -73,9 +94,21 @@ def spread(settings: ChatSettings) -> list[object]:
 
 
 def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> SettingsArea:
-    default = ChatSettings()
+    has_card = any(name == "mixed" for _, name in devices)
+    area = SettingsArea(
+        model=_model(words, devices, has_card),
+        memory=memory_area.build_memory(words, has_card, cores),
+        extras=_extras(words),
+        sliders=_sliders(words),
+        history=_history(words),
+    )
+    _looks(words)
+    return area
+
+
+def _model(words: Words, devices: Sequence[tuple[str, str]], has_card: bool) -> ModelArea:
     with gr.Accordion(words("settings.model_section"), open=True):
-        model = gr.Dropdown(
+        choice = gr.Dropdown(
             label=words("settings.model"),
             info=words("settings.model_info"),
             choices=[],
@@ -86,15 +119,7 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             elem_id="manage",
             apply_default_css=False,
         )
-        with gr.Accordion(words("settings.folder"), open=False, elem_id="other"):
-            folder = gr.Textbox(
-                label=words("settings.folder"),
-                show_label=False,
-                info=words("settings.folder_info"),
-                max_lines=1,
-                elem_id="folder",
-            )
-            use_folder = gr.Button(words("settings.use_folder"), size="sm", elem_id="use-folder")
+        folder, use_folder = _folder(words)
         chatglm = gr.Dropdown(
             label=words("settings.chatglm_family"),
             info=words("settings.chatglm_family_info"),
@@ -108,29 +133,50 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             choices=list(devices),
             elem_id="device",
         )
-        layers = memory_area.build_layers(words)
-        has_card = any(name == "mixed" for _, name in devices)
-        unload = gr.Button(
-            words("settings.unload_card" if has_card else "settings.unload"), size="sm", elem_id="unload"
+        return ModelArea(
+            choice=choice,
+            folder=folder,
+            use_folder=use_folder,
+            chatglm=chatglm,
+            device=device,
+            layers=memory_area.build_layers(words),
+            unload=gr.Button(
+                words("settings.unload_card" if has_card else "settings.unload"), size="sm", elem_id="unload"
+            ),
+            freed=gr.HTML('<div role="status"></div>', elem_id="freed"),
         )
-        freed = gr.HTML('<div role="status"></div>', elem_id="freed")
-    memory = memory_area.build_memory(words, has_card, cores)
+
+
+def _folder(words: Words) -> tuple[gr.Textbox, gr.Button]:
+    """A model that lies somewhere else: its folder, and the button that takes it."""
+    with gr.Accordion(words("settings.folder"), open=False, elem_id="other"):
+        folder = gr.Textbox(
+            label=words("settings.folder"),
+            show_label=False,
+            info=words("settings.folder_info"),
+            max_lines=1,
+            elem_id="folder",
+        )
+        return folder, gr.Button(words("settings.use_folder"), size="sm", elem_id="use-folder")
+
+
+def _extras(words: Words) -> ExtrasArea:
+    def box(name: str) -> gr.Textbox:
+        label, info = words(f"settings.{name}"), words(f"settings.{name}_info")
+        return gr.Textbox(label=label, info=info, max_lines=1, elem_id=name)
+
     with gr.Accordion(words("settings.extras_section"), open=False):
-        prefix, adapter = (
-            gr.Textbox(
-                label=words(f"settings.{name}"),
-                info=words(f"settings.{name}_info"),
-                max_lines=1,
-                elem_id=name,
-            )
-            for name in ("prefix", "adapter")
-        )
+        return ExtrasArea(prefix=box("prefix"), adapter=box("adapter"))
+
+
+def _sliders(words: Words) -> tuple[gr.Slider, ...]:
+    default = GenerationParams()
     with gr.Accordion(words("settings.reply_section"), open=True):
-        sliders = tuple(
+        return tuple(
             gr.Slider(
                 low,
                 high,
-                value=getattr(default.params, name),
+                value=getattr(default, name),
                 step=step,
                 label=words(f"settings.{name}"),
                 info=words(f"settings.{name}_info"),
@@ -139,41 +185,37 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
             )
             for name, low, high, step in SLIDERS
         )
+
+
+def _history(words: Words) -> HistoryArea:
+    default = ChatSettings()
+
+    def bound(name: str, bounds: tuple[int, int], value: int, step: int) -> gr.Slider:
+        label, info = words(f"settings.{name}"), words(f"settings.{name}_info")
+        return gr.Slider(*bounds, value=value, step=step, label=label, info=info, buttons=[], visible=False)
+
     with gr.Accordion(words("settings.history_section"), open=True):
-        history = gr.Radio(
-            [(words(f"settings.history_{mode}"), mode) for mode in ("fit", "rounds", "tokens")],
-            value=default.history,
-            label=words("settings.history"),
-            info=words("settings.history_info"),
+        return HistoryArea(
+            mode=gr.Radio(
+                [(words(f"settings.history_{mode}"), mode) for mode in ("fit", "rounds", "tokens")],
+                value=default.history,
+                label=words("settings.history"),
+                info=words("settings.history_info"),
+            ),
+            rounds=bound("rounds", ROUNDS, default.history_rounds, 1),
+            tokens=bound("tokens", TOKENS, default.history_tokens, 64),
+            system=gr.Textbox(
+                label=words("settings.system"),
+                info=words("settings.system_info"),
+                lines=2,
+                max_lines=8,
+                max_length=20_000,
+            ),
+            reset=gr.Button(words("settings.reset"), size="sm", elem_id="reset"),
         )
-        rounds = gr.Slider(
-            0,
-            50,
-            value=default.history_rounds,
-            step=1,
-            label=words("settings.rounds"),
-            info=words("settings.rounds_info"),
-            buttons=[],
-            visible=False,
-        )
-        tokens = gr.Slider(
-            64,
-            8192,
-            value=default.history_tokens,
-            step=64,
-            label=words("settings.tokens"),
-            info=words("settings.tokens_info"),
-            buttons=[],
-            visible=False,
-        )
-        system = gr.Textbox(
-            label=words("settings.system"),
-            info=words("settings.system_info"),
-            lines=2,
-            max_lines=8,
-            max_length=20_000,
-        )
-        reset = gr.Button(words("settings.reset"), size="sm", elem_id="reset")
+
+
+def _looks(words: Words) -> None:
     themes = "|".join(words(f"looks.{theme}") for theme in ("system", "light", "dark"))
     other = "en" if words.language == "zh" else "zh"
     gr.HTML(
@@ -181,7 +223,3 @@ def build(words: Words, devices: Sequence[tuple[str, str]], cores: int) -> Setti
         f'<button type="button" data-glmui="theme" data-themes="{themes}">{words("looks.system")}</button>',
         elem_id="looks",
     )
-    return SettingsArea(
-        model, folder, use_folder, chatglm, prefix, adapter, device, layers, unload, freed,
-        memory, sliders, history, rounds, tokens, system, reset,
-    )  # fmt: skip

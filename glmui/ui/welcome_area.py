@@ -7,8 +7,8 @@ from pathlib import Path
 
 import gradio as gr
 
+from glmui.i18n import Words
 from glmui.ui.models_area import script
-from glmui.ui.words import Words
 
 
 @dataclass(frozen=True, slots=True)
