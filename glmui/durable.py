@@ -13,6 +13,20 @@ def settle(draft: Path, file: Path) -> None:
     flush_folder(file.parent)
 
 
+def rewrite(file: Path, text: str) -> None:
+    """Replace a small file's text at once: after a power cut it is the old or the new one."""
+    draft = file.with_name(f"{file.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    flush(draft)
+    draft.replace(file)
+
+
+def flush(file: Path) -> None:
+    """Put a file's content on the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in it last. Windows has no such call, and some file systems refuse it."""
     with contextlib.suppress(OSError):

@@ -38,6 +38,17 @@ def text(language: str, key: str, **values: Any) -> str:
     return template.format_map(_Open(values))
 
 
+class Words:
+    """`words("list.new")` is that text in one language. below: what all its keys begin with ("cli.")."""
+
+    def __init__(self, language: str, below: str = "") -> None:
+        self.language = language
+        self._below = below
+
+    def __call__(self, key: str, **values: Any) -> str:
+        return text(self.language, f"{self._below}{key}", **values)
+
+
 class _Open(dict[str, Any]):
     def __missing__(self, name: str) -> str:
         return "{" + name + "}"

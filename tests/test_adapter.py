@@ -16,6 +16,7 @@ from torch import Tensor
 from glmui.engine.chatglm_api import ChatGLM
 from glmui.engine.loaded import with_kernels
 from glmui.errors import GlmuiError, InvalidInput, ModelError
+from glmui.glm import adapter as adapter_module
 from glmui.glm.adapter import attach, read_adapter
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.quant import QuantizedLinear
@@ -346,3 +347,30 @@ def test_a_refused_adapter_changes_nothing(where: Where, tmp_path: Path) -> None
     with pytest.raises(GlmuiError):
         lm.use_adapter(write(tmp_path / "bad", {}, peft_type="LOHA"))
     assert (lm.next_logits(ids) - before).abs().max() < 1e-4
+
+
+def test_no_room_for_the_last_of_it_leaves_the_old_one_whole(
+    where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of an adapter must never answer."""
+    lm = ChatGLM.from_pretrained(where("chatglm", "int4"), device="cpu")
+    lm.use_adapter(write(tmp_path / "old", halves(lm.model, layers_of(lm.model, 1))))
+    ids = [5, 20, 130001, 130004]
+    before = lm.next_logits(ids)
+    names = layers_of(lm.model)
+    inner, new = adapter_module._norm_of, write(tmp_path / "new", halves(lm.model, names))
+
+    def full(model: AnyModel, layer: str) -> Tensor:
+        if layer == names[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(model, layer)
+
+    monkeypatch.setattr(adapter_module, "_norm_of", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        lm.use_adapter(new)
+    assert torch.equal(lm.next_logits(ids), before)
+    monkeypatch.undo()
+    lm.use_adapter(new)  # and it is not taken for the one in use
+    assert not torch.equal(lm.next_logits(ids), before)
+    lm.use_adapter(None)
+    assert all(not layer._forward_hooks for layer in lm.model.modules())

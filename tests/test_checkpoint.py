@@ -18,21 +18,14 @@ from torch import Tensor
 
 from glmui.engine.families import family_of
 from glmui.errors import ModelError
-from glmui.glm.checkpoint import (
-    EMBEDDING,
-    everything_on,
-    is_finite,
-    load_model,
-    published_name,
-    read_folder,
-)
+from glmui.glm.checkpoint import everything_on, is_finite, load_model, published_name, read_folder
 from glmui.glm.files import look_at
 from glmui.quant import QuantizedEmbedding, QuantizedLinear
 from glmui.quant.packing import quantise
+from tests.chatglm_fixture import EMBEDDING as TABLE
 from tests.chatglm_fixture import KINDS, copy_checkpoint, tensors
 
 IDS = torch.tensor([[5, 20, 130001, 130004]])
-TABLE = f"{EMBEDDING}.weight"
 NORM = "transformer.layers.0.input_layernorm.weight"
 
 Folder = Callable[[str], Path]
@@ -114,7 +107,7 @@ def test_a_quantised_embedding_is_the_head_too(copied: Folder) -> None:
     stored, scale = quantise(tensors("int4")[TABLE], 4)
     extra = {
         TABLE: stored,
-        f"{EMBEDDING}.weight_scale": scale,
+        f"{TABLE}_scale": scale,
         "lm_head.weight": stored,
         "lm_head.weight_scale": scale,
     }

@@ -23,7 +23,8 @@ from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedEmbedding, QuantizedLinear, packing
 from glmui.quantising import new_folder
 from glmui.quantising.folder import folder_bytes, open_source, quantise_folder
-from glmui.quantising.tensor_file import TensorFile, file_bytes
+from glmui.quantising.tensor_file import TensorFile, form_of
+from glmui.quantising.tensor_header import file_bytes
 from glmui.types import Progress
 from tests.chatglm_fixture import config, copy_checkpoint, goldens, tensors
 from tests.reference import reference
@@ -246,7 +247,7 @@ def test_only_whole_folders_get_the_name(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="not written"),
         new_folder.new_folder(tmp_path / "made", 0) as made,
-        TensorFile(made / "model.safetensors", {"a": (torch.int8, (2, 2))}),
+        TensorFile(made / "model.safetensors", {"a": ("I8", (2, 2))}),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -261,7 +262,7 @@ def test_tensors_are_written_as_told_in_any_order(tmp_path: Path) -> None:
         "none": torch.empty(0, 4, dtype=torch.bfloat16),
         "one": torch.tensor(7),
     }
-    forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    forms = {name: form_of(tensor) for name, tensor in state.items()}
     with TensorFile(file, forms) as opened:
         for name, tensor in reversed(state.items()):
             opened.write(name, tensor)

@@ -87,7 +87,7 @@ def test_the_report_is_that_of_compare(
         "int8",
         "int4-32",
     ]  # others do not fit, or are the result
-    expected = compare.compare_folders(source, made)
+    expected = compare.agreement(SAMPLES, *(compare.see_folder(folder, SAMPLES) for folder in (source, made)))
     assert rows[0]["kl"] == expected.kl
     assert rows[0]["result_perplexity"] == expected.result_perplexity
     assert rows[1]["kl"] < rows[0]["kl"]
@@ -143,12 +143,12 @@ def test_the_work_ends_when_nobody_listens(
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(line: object, step: str, fraction: float) -> None:
+    def interrupt(clock: object, step: str, fraction: float) -> str:
         assert [path.name.startswith(".made.") for path in tmp_path.iterdir()] == [True]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quantize, "_work", halfway)
-    monkeypatch.setattr(quantize._Line, "show", interrupt)
+    monkeypatch.setattr(quantize._Clock, "words", interrupt)
     assert (
         cli.main(["quantize", str(ROOT), str(tmp_path / "made"), "--data-dir", str(tmp_path / "data")]) == 130
     )

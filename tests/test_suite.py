@@ -126,7 +126,9 @@ class Pipe:
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite in this process, with everything it asks shortened."""
 
-    def messages(entry: object, spec: EngineSpec, then: object) -> Iterator[tuple[Pipe, dict[str, Any]]]:
+    def messages(
+        entry: object, spec: EngineSpec, then: object, died: str
+    ) -> Iterator[tuple[Pipe, dict[str, Any]]]:
         pipe = Pipe()
         try:
             engine = measure.load(spec, pipe)  # type: ignore[arg-type]

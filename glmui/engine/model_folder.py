@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from glmui.errors import ModelError
-from glmui.text.model_files import accident, read_json, read_template
+from glmui.text.model_files import listed_files, read_config, read_template, refusal, refuse_pointer
 
 Family = Literal["echo", "chatglm", "causal_lm"]
 ECHO = "echo"  # in the place of a folder: the scripted engine
@@ -38,17 +38,6 @@ def describe(folder: Path | str) -> Description:
     return Description(family, model_type, lengths[0] if lengths else 0, dtype)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises ModelError."""
-    if not folder.is_dir():
-        raise ModelError("model_no_folder", folder=folder)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError("model_file_missing", folder=folder, file=file.name)
-    refuse_pointer(file)
-    return read_json(file)
-
-
 def check_causal_lm(folder: Path) -> None:
     """Raise ModelError where a transformers chat model lacks something."""
     config = read_config(folder)
@@ -60,10 +49,7 @@ def check_causal_lm(folder: Path) -> None:
         raise ModelError("model_not_chat", folder=folder, model_type=model_type or "?")
     if isinstance(foreign := config.get("quantization_config"), dict):
         raise ModelError("model_foreign_format", folder=folder, format=foreign.get("quant_method", "?"))
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ModelError("model_file_missing", folder=folder, file=tokenizer.name)
-    refuse_pointer(tokenizer)
+    refuse_pointer(folder / "tokenizer.json")
     for file in weight_files(folder):
         refuse_pointer(file)
     if read_template(folder) is None:
@@ -72,31 +58,10 @@ def check_causal_lm(folder: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files, all there. Raises ModelError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _shards(index)
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    elif any(folder.glob("*.bin")):
+    files = listed_files(folder, "model.safetensors")
+    if not files and any(folder.glob("*.bin")):
         raise ModelError("model_only_bin", folder=folder)
-    else:
-        raise ModelError("model_file_missing", folder=folder, file="model.safetensors")
-    for name in names:
-        if not (folder / name).is_file() or (folder / name).stat().st_size == 0:
-            raise ModelError("model_file_missing", folder=folder, file=name)
-    return [folder / name for name in names]
-
-
-def _shards(index: Path) -> list[str]:
-    names = read_json(index).get("weight_map")
-    names = list(names.values()) if isinstance(names, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ModelError("model_file_broken", folder=index.parent, file=index.name)
-    return sorted(set(names))
-
-
-def refuse_pointer(file: Path) -> None:
-    """Raise ModelError("model_lfs_pointer") when `file` is a Git LFS pointer in place of the real one."""
-    with file.open("rb") as opened:
-        if accident(opened.read(200)) == "Git LFS pointer":
-            raise ModelError("model_lfs_pointer", folder=file.parent, file=file.name)
+    for file in files or [folder / "model.safetensors"]:
+        if not file.is_file() or file.stat().st_size == 0:
+            raise refusal("model_file_missing", file)
+    return files

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,22 +86,23 @@ def _pair(
 
 def attach(model: AnyModel, adapter: Adapter) -> list[RemovableHandle]:
     """Let the model answer with an adapter, until all handles are removed. Each pair goes to where its layer
-    computes, in that dtype."""
-    handles = []
-    for layer, pair in adapter.pairs.items():
-        like = _block(model, layer).input_layernorm.weight
-        a, b = (half.to(like) for half in pair)
-        handles.append(model.get_submodule(layer).register_forward_hook(partial(_add, a, b)))
-    return handles
+    computes, in that dtype: all of them first, for a card may have no room for the last, and a part of an
+    adapter must never answer."""
+    hooks = {
+        model.get_submodule(layer): partial(_add, a.to(like := _norm_of(model, layer)), b.to(like))
+        for layer, (a, b) in adapter.pairs.items()
+    }
+    return [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
 
 
 def _add(a: Tensor, b: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + F.linear(F.linear(inputs[0], a), b)
 
 
-def _block(model: AnyModel, layer: str) -> Any:
-    """The block that a layer is in."""
-    return model.get_submodule(".".join(layer.split(".")[: model.BLOCKS.count(".") + 2]))
+def _norm_of(model: AnyModel, layer: str) -> Tensor:
+    """A weight of the block that a layer is in, which tells where and in what it computes."""
+    block = ".".join(layer.split(".")[: model.BLOCKS.count(".") + 2])
+    return model.get_parameter(f"{block}.input_layernorm.weight")
 
 
 def merge(adapter: Adapter, name: str, part: nn.Module) -> None:

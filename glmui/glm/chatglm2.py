@@ -25,8 +25,9 @@ from glmui.glm.attention import Attention
 from glmui.glm.cache import KVCache
 from glmui.glm.config import GLM2Config
 from glmui.glm.layout import Causal, fill_left, mask
-from glmui.glm.parts import PIECE, Head, Network, Rotary, beside, look_up, pieces, ticker, word_embeddings
+from glmui.glm.parts import Head, Network, Rotary, beside, look_up, pieces, ticker, word_embeddings
 from glmui.glm.rotary import pair_table, rotate_pairs
+from glmui.types import PIECE
 
 
 class RMSNorm(nn.Module):

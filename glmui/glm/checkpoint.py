@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from glmui.errors import ModelError
 from glmui.glm.chatglm2 import ChatGLM2Model
 from glmui.glm.config import AnyConfig, GLMConfig, read_config
-from glmui.glm.files import look_at, refusal, weight_files
+from glmui.glm.files import look_at, weight_files
 from glmui.glm.model import ChatGLMModel
 from glmui.quant import QuantizedEmbedding, QuantizedLinear, quantize
 from glmui.quant.mapped import release
 from glmui.quant.packing import BLOCK
+from glmui.text.model_files import refusal
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-EMBEDDING = ChatGLMModel.EMBEDDING
 PREFIX = "transformer.prefix_encoder."  # of a P-Tuning v2 prefix, see prefix.py
 _WORTH_RELEASING = 1 << 20  # bytes
 AnyModel = ChatGLMModel | ChatGLM2Model

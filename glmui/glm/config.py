@@ -81,11 +81,6 @@ class GLMConfig:
         return self.vocab_size * self.hidden_size
 
     @classmethod
-    def from_folder(cls, folder: Path | str) -> GLMConfig:
-        """Read config.json. Raises ModelError: no folder, no file, no JSON, or another model's."""
-        return cls.from_values(_read_config(folder), folder)
-
-    @classmethod
     def from_values(cls, values: dict[str, Any], folder: Path | str = "") -> GLMConfig:
         """The config these JSON values describe."""
         if model_files.is_chatglm2(values):
@@ -99,7 +94,7 @@ class GLMConfig:
 class GLM2Config:
     """The same for ChatGLM2-6B and ChatGLM3-6B, which share one network.
 
-    family: which of the two; their half-precision rotary tables differ (rotary2.py), and their prompts.
+    family: which of the two; their half-precision rotary tables differ (rotary.py), and their prompts.
     seq_length: tokens the model was trained for. rope_ratio: above 1 in the 32k models.
     kv_channels: the size of a head; all heads together need not be hidden_size wide.
     multi_query_group_num: heads that have keys and values.
@@ -196,7 +191,7 @@ def read_config(folder: Path | str, family: str = "") -> AnyConfig:
 
     family: "chatglm2" or "chatglm3" where the files leave that open. Raises ModelError.
     """
-    return config_of(_read_config(folder), folder, family)
+    return config_of(model_files.read_config(Path(folder)), folder, family)
 
 
 def config_of(values: dict[str, Any], folder: Path | str, family: str = "") -> AnyConfig:
@@ -205,13 +200,6 @@ def config_of(values: dict[str, Any], folder: Path | str, family: str = "") -> A
         found = model_files.chatglm_family(Path(folder), values, family)
         return GLM2Config.from_values(values, folder, found)
     return GLMConfig.from_values(values, folder)
-
-
-def _read_config(folder: Path | str) -> dict[str, Any]:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError("model_no_folder", folder=folder)
-    return read_json(folder, "config.json")
 
 
 def _known(cls: type[AnyConfig], values: dict[str, Any], folder: Path | str) -> dict[str, Any]:
@@ -241,10 +229,3 @@ def _check_values(config: AnyConfig) -> None:
             raise ModelError("model_config_bad", name=field.name, value=value)
     if config.quantization_bit not in (0, 4, 8):
         raise ModelError("model_config_bad", name="quantization_bit", value=config.quantization_bit)
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the model's folder. Raises ModelError when it is missing or is something else."""
-    if not (folder / name).is_file():
-        raise ModelError("model_file_missing", folder=folder, file=name)
-    return model_files.read_json(folder / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glmui.errors import ModelError
-from glmui.glm.config import AnyConfig, read_json
+from glmui.glm.config import AnyConfig
 from glmui.glm.files import look_at, weight_files
 from glmui.text import model_files
 
@@ -94,7 +94,7 @@ def check_adapter(folder: Path, config: AnyConfig) -> Lora:
     _check_folder(folder)
     if not (folder / _ADAPTER_CONFIG).is_file():
         raise ModelError("adapter_not_one", folder=folder, file=_ADAPTER_CONFIG)
-    values = read_json(folder, _ADAPTER_CONFIG)
+    values = model_files.read_json(folder / _ADAPTER_CONFIG)
     if (kind := values.get("peft_type")) != "LORA":
         raise ModelError("adapter_kind", folder=folder, kind=kind)
     for name, allowed in _ALLOWED.items():

@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 
 from glmui.errors import ModelError
-from glmui.glm.config import AnyConfig, read_config, read_json
-from glmui.text.model_files import Accident, accident
+from glmui.glm.config import AnyConfig, read_config
+from glmui.text.model_files import Accident, accident, beginning, listed_files, refusal
 from glmui.text.vocabulary import vocabulary_file
 
 _REFUSALS: dict[Accident, str] = {"Git LFS pointer": "model_lfs_pointer", "HTML page": "model_file_page"}
@@ -28,34 +28,18 @@ def check_folder(folder: Path | str, family: str = "") -> AnyConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: those an index names, or the single one. Safetensors win."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = f"{stem}.{suffix}.index.json"
-        if (folder / index).is_file():
-            names = read_json(folder, index).get("weight_map")
-            if not isinstance(names, dict) or not all(_is_plain_name(n) for n in names.values()):
-                raise refusal("model_file_broken", folder / index)
-            return [folder / name for name in sorted(set(names.values()))]
-        if (folder / f"{stem}.{suffix}").exists():
-            return [folder / f"{stem}.{suffix}"]
-    raise ModelError("model_no_weights", folder=folder)
-
-
-def _is_plain_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
-
-
-def refusal(code: str, file: Path) -> ModelError:
-    """The error of that code about that file."""
-    return ModelError(code, folder=file.parent, file=file.name)
+    """The files that hold the weights: safetensors, or where there are none .bin. Raises ModelError."""
+    files = listed_files(folder, "model.safetensors") or listed_files(folder, "pytorch_model.bin")
+    if not files:
+        raise ModelError("model_no_weights", folder=folder)
+    return files
 
 
 def look_at(file: Path) -> None:
     """Tell the usual accidents of a download from a weight file. Raises ModelError."""
     if not file.is_file():
         raise refusal("model_file_missing", file)
-    with file.open("rb") as opened:
-        start = opened.read(200)
+    start = beginning(file)
     if found := accident(start):
         raise refusal(_REFUSALS[found], file)
     if file.suffix == ".bin" and not zipfile.is_zipfile(file):

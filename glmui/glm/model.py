@@ -23,8 +23,9 @@ from glmui.glm.attention import Attention, Gelu, Rotate
 from glmui.glm.cache import KVCache
 from glmui.glm.config import GLMConfig
 from glmui.glm.layout import Layout, mask, pad_left
-from glmui.glm.parts import PIECE, Head, Network, Rotary, beside, look_up, pieces, ticker, word_embeddings
+from glmui.glm.parts import Head, Network, Rotary, beside, look_up, pieces, ticker, word_embeddings
 from glmui.glm.rotary import rotary_table
+from glmui.types import PIECE
 
 # The published code always takes 28 here, whatever the number of layers.
 RESIDUAL = math.sqrt(2 * 28)

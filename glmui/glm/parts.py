@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from glmui.glm.cache import KVCache, Prefix
 from glmui.glm.config import AnyConfig
-
-# Tokens worked on at a time in a long prompt: bounds memory, and how long Stop waits. A model's `piece` may
-# be another number.
-PIECE = 256
+from glmui.types import PIECE
 
 Rotary = tuple[Tensor, Tensor]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from glmui.durable import rewrite
 
 NAME = ".checked.json"
 
@@ -38,12 +39,8 @@ class Checked:
     def add(self, path: str, sha256: str, confirmed: bool) -> None:
         stat = (self._folder / path).stat()
         self._marks[path] = Mark(sha256, confirmed, stat.st_size, stat.st_mtime_ns)
-        draft = self._folder / f"{NAME}.new"
-        with draft.open("w", encoding="utf-8") as opened:
-            json.dump({path: asdict(mark) for path, mark in self._marks.items()}, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        draft.replace(self._folder / NAME)
+        marks = {path: asdict(mark) for path, mark in self._marks.items()}
+        rewrite(self._folder / NAME, json.dumps(marks))
 
 
 def _read(file: Path) -> dict[str, Mark]:

@@ -6,7 +6,6 @@ Runs in a process of its own (it imports torch, which the app process never does
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from glmui.durable import flush
 from glmui.errors import ModelError
 
 _CONTROL = 3  # tokenizer.ggml.token_type of a control token
@@ -56,7 +56,7 @@ def convert(source: Path, folder: Path, on_fraction: Callable[[float], None] = l
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
     _tokenizer(fields).save(str(folder / "tokenizer.json"))
     for file in folder.iterdir():
-        _flush(file)
+        flush(file)
 
 
 def _check(fields: dict[str, Any], source: Path) -> None:
@@ -149,8 +149,3 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())

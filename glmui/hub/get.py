@@ -9,12 +9,9 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import psutil
 
 from glmui.durable import flush_folder
 from glmui.errors import FetchError, InvalidInput, ModelError
@@ -31,6 +28,7 @@ from glmui.hub.trash import Removed, remove, removed, restore
 from glmui.settings import Settings
 from glmui.text.model_files import read_json
 from glmui.types import Progress
+from glmui.workshop import workshop
 
 __all__ = [
     "Quantize",
@@ -173,30 +171,20 @@ def _digest(file: Path, size: int, on_progress: OnProgress, cancelled: Cancelled
 
 @contextmanager
 def _workshop(folder: Path, source: Path, quantize: Quantize) -> Iterator[Path]:
-    """A temporary folder beside the model's place-to-be; those of killed runs are removed.
+    """A workshop beside the model's place-to-be.
 
     Raises FetchError: "disk_too_full" where the result would not fit, "import_unwritable".
     """
-    models, shop = folder.parent, None
+    models = folder.parent
     try:
         models.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in models.glob(f"{_SHOP}*"):
-            pid = old.name.removeprefix(_SHOP).partition("-")[0]
-            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(old, ignore_errors=True)
-        need, free = (
-            int(installed.folder_size(source) * _SHARE[quantize]) + _SPARE,
-            shutil.disk_usage(models).free,
-        )
-        if free < need:
-            raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
-        shop = Path(tempfile.mkdtemp(prefix=f"{_SHOP}{os.getpid()}-", dir=models))
-        yield shop
+        with workshop(models, _SHOP) as shop:
+            need = int(installed.folder_size(source) * _SHARE[quantize]) + _SPARE
+            if (free := shutil.disk_usage(models).free) < need:
+                raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
+            yield shop
     except OSError as error:
         raise FetchError("import_unwritable", folder=models, detail=error.strerror or error) from error
-    finally:
-        if shop:
-            shutil.rmtree(shop, ignore_errors=True)
 
 
 def _put(made: Path, folder: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glmui.confinement import stop_making_threads
-from glmui.engine.worker import ENVIRONMENT
+from glmui.durable import flush
+from glmui.engine.own_process import ENVIRONMENT
 from glmui.errors import FetchError, ModelError
 from glmui.hub import manifest
 from glmui.hub.manifest import Manifest, Stored
@@ -104,9 +105,9 @@ def _write(source: SourceFolder, job: Job, tell: Tell) -> None:
 def _copy(tensors: dict[str, Tensor], target: Path, tell: Tell) -> None:
     """One tensor after the other, its pages let go again: the memory of its own stays small."""
     from glmui.quant.mapped import release
-    from glmui.quantising.tensor_file import TensorFile
+    from glmui.quantising.tensor_file import TensorFile, form_of
 
-    forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    forms = {name: form_of(tensor) for name, tensor in tensors.items()}
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
     with TensorFile(target, forms) as file:
         for name in list(tensors):
@@ -132,8 +133,7 @@ def _finish(source: SourceFolder, job: Job, made_from: Mapping[str, Stored]) -> 
         if not (job.made / file.name).exists():  # quantised: it has a config.json of its own
             shutil.copyfile(file, job.made / file.name)
     for file in job.made.iterdir():
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
+        flush(file)
     manifest.write(
         job.made,
         Manifest(

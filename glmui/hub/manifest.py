@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from glmui.durable import flush
 from glmui.errors import ModelError
 from glmui.text.model_files import read_json
 
@@ -74,10 +74,9 @@ def _files(values: dict[str, dict[str, Any]]) -> dict[str, Stored]:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Put the manifest into the folder, flushed to the disk."""
-    with (folder / FILE).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(manifest), ensure_ascii=False, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(asdict(manifest), ensure_ascii=False, indent=2) + "\n"
+    (folder / FILE).write_text(text, encoding="utf-8")
+    flush(folder / FILE)
 
 
 def chunks(file: Path) -> Iterator[bytes]:

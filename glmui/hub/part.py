@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glmui.durable import settle
+from glmui.durable import rewrite, settle
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 Piece = tuple[int, int]  # from, to (excluded), in bytes
@@ -90,12 +90,7 @@ class PartFile:
         """Flush the bytes, then the journal that tells of them."""
         if self._opened:
             os.fsync(self._opened.fileno())
-            draft = self._journal.with_name(f"{self._journal.name}.new")
-            with draft.open("w", encoding="utf-8") as opened:
-                json.dump(state, opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            draft.replace(self._journal)
+            rewrite(self._journal, json.dumps(state))
 
     def close(self) -> None:
         if self._opened:

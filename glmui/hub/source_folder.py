@@ -86,10 +86,8 @@ def _check_kind(path: Path, folder: Path) -> None:
 
 def _roots(folder: Path) -> list[Path]:
     real = folder.resolve()
-    cache = (
-        real.parent.parent / "blobs"
-    )  # REPOSITORY/snapshots/REVISION/FILE is a link to REPOSITORY/blobs/HASH
-    return [real, cache] if real.parent.name == "snapshots" else [real]
+    # In a cache, REPOSITORY/snapshots/REVISION/FILE is a link to REPOSITORY/blobs/HASH.
+    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
 
 
 def _longest(name: str) -> int:

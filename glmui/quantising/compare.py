@@ -84,19 +84,6 @@ def samples_for(folder: Path) -> list[Sample]:
     return samples
 
 
-def compare_folders(
-    source: Path, result: Path, device: str = "cpu", on_part: OnPart = lambda part: None
-) -> Agreement:
-    """Compare two ChatGLM folders, each FP16, INT8 or INT4, of one vocabulary, in the memory of one block.
-
-    Computes in float32, not as kernels do: see see_model for that. Raises ModelError.
-    """
-    samples = samples_for(source)
-    first = see_folder(source, samples, device, on_part=lambda part: on_part(part / 2))
-    second = see_folder(result, samples, device, on_part=lambda part: on_part((1 + part) / 2))
-    return agreement(samples, first, second)
-
-
 def see_folder(
     folder: Path,
     samples: Sequence[Sample],
@@ -105,7 +92,11 @@ def see_folder(
     group_size: int | None = None,
     on_part: OnPart = lambda part: None,
 ) -> Seen:
-    """One pass over a folder of any size. bits, group_size: as it would be with these modules quantised."""
+    """One pass over a ChatGLM folder of any size, in the memory of one block, in float32 and not as kernels
+    compute: see see_model for that. bits, group_size: as it would be with these modules quantised.
+
+    Raises ModelError.
+    """
     model = stream(Weights(folder, bits, group_size), device, on_part)
     hidden = run(model, samples, cache_for(model, longest(samples)))
     return _seen(model, samples, hidden)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from glmui.errors import InvalidInput, ModelError
@@ -25,14 +24,15 @@ from glmui.glm.checkpoint import (
     published_name,
     read_file,
 )
-from glmui.glm.config import read_json
 from glmui.glm.files import check_folder, weight_files
 from glmui.glm.model import ChatGLMModel
 from glmui.quant.linear import check_group_size
 from glmui.quant.mapped import release
 from glmui.quant.packing import quantise
 from glmui.quantising.new_folder import new_folder
-from glmui.quantising.tensor_file import Form, TensorFile, file_bytes
+from glmui.quantising.tensor_file import TensorFile
+from glmui.quantising.tensor_header import Form, file_bytes
+from glmui.text.model_files import read_config
 from glmui.types import Progress
 
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # of each block, as published
@@ -132,7 +132,7 @@ def open_source(folder: Path) -> Source:
     }
     model = empty_model(config)
     check_layout(model, {n: t for n, t in tensors.items() if published_name(n)}, folder)
-    return Source(folder, read_json(folder, "config.json"), tensors, model)
+    return Source(folder, read_config(folder), tensors, model)
 
 
 def linears_of(model: nn.Module) -> list[str]:
@@ -145,18 +145,18 @@ def linears_of(model: nn.Module) -> list[str]:
 
 
 def forms_of(source: Source, bits: Bits, group_size: int | None = None) -> dict[str, Form]:
-    """Dtype and shape of every tensor of the result, in its order. Raises InvalidInput."""
+    """Type and shape of every tensor of the result, in its order. Raises InvalidInput."""
     forms: dict[str, Form] = {}
     for name, tensor in source.tensors.items():
         module, width = name.removesuffix(".weight"), _width(bits, name)
         if width == 16:
-            forms[name] = (torch.float16, tuple(tensor.shape))
+            forms[name] = ("F16", tuple(tensor.shape))
             continue
         rows, columns = tensor.shape
         check_group_size(columns, width, group_size)
-        forms[name] = (torch.int8, (rows, columns if width == 8 else -(-columns // 2)))
+        forms[name] = ("I8", (rows, columns if width == 8 else -(-columns // 2)))
         scales = (rows, columns // group_size) if group_size else (rows,)
-        forms[f"{module}.weight_scale"] = (torch.float16, scales)
+        forms[f"{module}.weight_scale"] = ("F16", scales)
     return forms
 
 

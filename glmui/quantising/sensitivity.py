@@ -15,7 +15,7 @@ from glmui.errors import InvalidInput
 from glmui.quantising.compare import Sample, longest, run
 from glmui.quantising.folder import LINEARS, Source, folder_bytes, forms_of
 from glmui.quantising.streamed import Weights, blocks_of, cache_for, quantised, stream
-from glmui.quantising.tensor_file import bytes_of
+from glmui.quantising.tensor_header import bytes_of
 
 WIDTHS = (4, 8, 16)
 EVERY = 6  # of the built-in texts: one Chinese and one English are enough to rank layers by

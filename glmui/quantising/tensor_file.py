@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from glmui.quantising.tensor_header import Form, beginning
 
 _NAMES = {
     torch.float64: "F64",
@@ -25,33 +24,9 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 
-Form = tuple[torch.dtype, tuple[int, ...]]  # of one tensor
 
-
-def bytes_of(form: Form) -> int:
-    dtype, shape = form
-    return math.prod(shape) * dtype.itemsize
-
-
-def file_bytes(forms: Mapping[str, Form]) -> int:
-    """The size of the file that holds these tensors."""
-    return len(_beginning(forms)[0]) + sum(map(bytes_of, forms.values()))
-
-
-def _beginning(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
-    """What the file begins with, and how far behind that each tensor stands.
-
-    Wide types come first: there must be no holes, and a reader needs each value at a multiple of its size.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses
-    places, place = {}, 0
-    for name, form in sorted(forms.items(), key=lambda item: -item[1][0].itemsize):
-        places[name], end = place, place + bytes_of(form)
-        header[name] = {"dtype": _NAMES[form[0]], "shape": form[1], "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at whole words
-    return struct.pack("<Q", len(text)) + text, places
+def form_of(tensor: Tensor) -> Form:
+    return _NAMES[tensor.dtype], tuple(tensor.shape)
 
 
 class TensorFile:
@@ -59,16 +34,16 @@ class TensorFile:
 
     def __init__(self, file: Path, forms: Mapping[str, Form]) -> None:
         self._missing = dict(forms)
-        beginning, places = _beginning(forms)
-        self._places = {name: len(beginning) + place for name, place in places.items()}
+        first, places = beginning(forms)
+        self._places = {name: len(first) + place for name, place in places.items()}
         self._opened = file.open("wb")
-        self._opened.write(beginning)
+        self._opened.write(first)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Raises ValueError for a tensor that was told otherwise, OSError."""
-        form = self._missing.pop(name, None)
-        if form != (tensor.dtype, tuple(tensor.shape)):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but was told as {form}")
+        told = self._missing.pop(name, None)
+        if told != (form := form_of(tensor)):
+            raise ValueError(f"{name} is {form}, but was told as {told}")
         self._opened.seek(self._places[name])
         self._opened.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 

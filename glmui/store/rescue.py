@@ -7,14 +7,13 @@ was done is told: a history never turns empty in silence.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from glmui.durable import settle
+from glmui.durable import flush, settle
 from glmui.store.backups import Backups, beside, blank, examine, made_at
 from glmui.store.database import connect, told
 from glmui.store.migrations import migrate
@@ -87,10 +86,8 @@ def _create(file: Path) -> None:
 
 def _restore(backup: Path, file: Path) -> None:
     draft = blank(file.with_name(f"{file.name}.new"))
-    with backup.open("rb") as source, draft.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-        target.flush()
-        os.fsync(target.fileno())
+    shutil.copyfile(backup, draft)
+    flush(draft)
     with closing(connect(draft)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
     settle(draft, file)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glmui.errors import ModelError
-from glmui.text.model_files import read_json
+from glmui.text.model_files import read_config
 from glmui.types import TokenCounter
 
 
@@ -18,9 +17,7 @@ def open_counter(folder: Path, family: str = "") -> TokenCounter:
         from glmui.text import pieces
 
         return pieces.count
-    if not (folder / "config.json").is_file():
-        raise ModelError("model_file_missing", folder=folder, file="config.json")
-    if read_json(folder / "config.json").get("model_type") == "chatglm":
+    if read_config(folder).get("model_type") == "chatglm":
         from glmui.text import chatglms
 
         return chatglms.open_counter(folder, family)

@@ -21,6 +21,11 @@ def accident(start: bytes) -> Accident:
     return ""
 
 
+def refusal(code: str, file: Path) -> ModelError:
+    """The error of that code about that file."""
+    return ModelError(code, folder=file.parent, file=file.name)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The file's object; {} where there is no such file. Raises ModelError when it cannot be read."""
     if not file.is_file():
@@ -28,10 +33,45 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError("model_file_broken", folder=file.parent, file=file.name) from error
+        raise refusal("model_file_broken", file) from error
     if not isinstance(values, dict):
-        raise ModelError("model_file_broken", folder=file.parent, file=file.name)
+        raise refusal("model_file_broken", file)
     return values
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, as it stands. Raises ModelError: no folder, no file, a Git LFS pointer, no JSON object."""
+    if not folder.is_dir():
+        raise ModelError("model_no_folder", folder=folder)
+    refuse_pointer(folder / "config.json")
+    return read_json(folder / "config.json")
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise ModelError where `file` is missing, or a Git LFS pointer stands in its place."""
+    if not file.is_file():
+        raise refusal("model_file_missing", file)
+    if accident(beginning(file)) == "Git LFS pointer":
+        raise refusal("model_lfs_pointer", file)
+
+
+def beginning(file: Path) -> bytes:
+    """Enough of the file to tell what it is."""
+    with file.open("rb") as opened:
+        return opened.read(200)
+
+
+def listed_files(folder: Path, name: str) -> list[Path]:
+    """The weight files in place of `name` ("model.safetensors"): those that its index lists, or itself; []
+    where neither is there. Raises ModelError for a broken index; what it lists need not be there."""
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return [folder / name] if (folder / name).exists() else []
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise refusal("model_file_broken", index)
+    return [folder / name for name in sorted(set(names))]
 
 
 def read_template(folder: Path) -> str | None:

@@ -5,15 +5,15 @@ Needs no settings, so that `benchmarks/card.py` can use it where little is insta
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 from glmui.bench import measure
 from glmui.bench.probe import ReadProbe
-from glmui.engine.wire import Wire, error_from, info_from
-from glmui.errors import EngineError
+from glmui.engine.own_process import messages
+from glmui.engine.wire import Wire, info_from
+from glmui.errors import InvalidInput
 from glmui.tools.bench_results import Results, label
 from glmui.types import EngineSpec
 
@@ -29,40 +29,27 @@ def take(spec: EngineSpec, show: Show) -> Results:
     for everything in (False, True):
         show("bench.loading")
         _listen(spec, everything, results, show)
+        if not everything:
+            check(spec, results)
     return results
+
+
+def check(spec: EngineSpec, results: Results) -> None:
+    """Notice what was wished for and has no meaning here.
+
+    Raises InvalidInput("bench_cap_without_card"): figures under a cap that nothing keeps to would mislead.
+    """
+    info = results.info
+    if spec.vram_cap and not (info.cards and info.family == "chatglm"):
+        raise InvalidInput("bench_cap_without_card", device=info.device)
+    if spec.layers_on_gpu is not None and (spec.device != "mixed" or info.family != "chatglm"):
+        results.layers_ignored = spec.layers_on_gpu
 
 
 def _listen(spec: EngineSpec, everything: bool, results: Results, show: Show) -> None:
     with closing(_Side(results, show)) as side:
-        for wire, message in messages(measure.run, spec, everything):
+        for wire, message in messages(measure.run, spec, everything, died="bench_died"):
             side.take(wire, message)
-
-
-def messages(entry: Callable[..., None], *arguments: Any) -> Iterator[tuple[Wire, dict[str, Any]]]:
-    """Start a measuring process, and give what it says until it is done, with the pipe for an answer.
-
-    Raises EngineError("bench_died"), or what the process failed with.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=entry, args=(theirs, *arguments), daemon=True)
-    process.start()
-    theirs.close()
-    wire = Wire(ours)
-    try:
-        message: dict[str, Any] = {"kind": ""}
-        while message["kind"] != "done":
-            message = wire.receive()
-            if message["kind"] == "failed":
-                raise error_from(message["error"])
-            yield wire, message
-    except (EOFError, OSError) as error:
-        process.join(1)
-        raise EngineError("bench_died", detail=process.exitcode) from error
-    finally:
-        wire.close()
-        process.kill()
-        process.join()
 
 
 class _Side:
@@ -89,6 +76,7 @@ class _Side:
             results.limits.append(message["gb_s"])
         elif kind == "vram":
             results.cuda_context = message["cuda_context"]
+            results.vram_weights, results.vram_cache = message["weights"], message["cache"]
         elif kind == "probe":
             self._probe = self._probe or ReadProbe(message["threads"])
             results.limits.append(self._probe.measure())

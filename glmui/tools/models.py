@@ -16,6 +16,7 @@ from glmui.errors import FetchError, GlmuiError, InvalidInput
 from glmui.hub import catalogue, get, installed
 from glmui.hub.catalogue import Offer
 from glmui.hub.download import Control
+from glmui.i18n import Words
 from glmui.settings import Settings, make_data_folder
 from glmui.tools.chat import Terminal
 from glmui.types import Progress
@@ -60,6 +61,7 @@ class Models:
         self._settings = settings
         self._data_dir = settings.data_dir
         self._terminal = terminal
+        self._words = Words(terminal.language, "cli.models.")
         self._ask = None if wish.as_json else ask
         self._control = Control()
 
@@ -183,9 +185,6 @@ class Models:
 
     # Words
 
-    def _words(self, key: str, **values: Any) -> str:
-        return i18n.text(self._terminal.language, f"cli.models.{key}", **values)
-
     def _told(self, key: str, **values: Any) -> int:
         """The end, as a sentence or as JSON."""
         if self._wish.as_json:
@@ -251,10 +250,7 @@ def _entry(name: str, state: str, size: int, licence: str = "") -> dict[str, Any
 
 def progress_line(progress: Progress, language: str) -> str:
     """ "fetching 41 %, 1.6 of 3.9 GB, 12.3 MB/s, 3:10 left"."""
-
-    def say(key: str, **values: Any) -> str:
-        return i18n.text(language, f"cli.{key}", **values)
-
+    say = Words(language, "cli.")
     parts = [say(f"stages.{progress.stage}")]
     if progress.fraction is not None:
         parts[0] += f" {progress.fraction:.0%}"

@@ -27,6 +27,15 @@ class Results:
     chosen: list[dict[str, Any]] = field(default_factory=list)
     compared: list[dict[str, Any]] = field(default_factory=list)
 
+    def take(self, kind: str, **values: Any) -> None:
+        """Keep what the working process says; see quantising.run."""
+        if kind == "chosen":
+            self.chosen.append(values)
+        elif kind == "written":
+            self.size, self.source_size = values["size"], values["source_size"]
+        elif kind == "compared":
+            self.compared.append(values)
+
     def as_json(self) -> dict[str, Any]:
         """The figures under the names docs/quantize.md tells."""
         job = self.job

@@ -11,13 +11,14 @@ from typing import Any
 
 from glmui.bench import measure, suite
 from glmui.engine.families import family_of
+from glmui.engine.own_process import messages
 from glmui.engine.wire import info_from
 from glmui.errors import EngineError, InvalidInput, StoreError
 from glmui.glm.config import read_config
 from glmui.hub import installed
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.tools.chat import Terminal, find_model
-from glmui.tools.measuring import Show, messages
+from glmui.tools.measuring import Show
 from glmui.tools.suite_page import page
 from glmui.tools.suite_results import Column, as_json, table
 from glmui.types import EngineSpec
@@ -87,7 +88,7 @@ def _column(spec: EngineSpec, baseline: str, data_dir: Path, show: Show) -> Colu
 
 def _listen(column: Column, load: str, show: Show, entry: Callable[..., None], *arguments: Any) -> None:
     show("bench.loading")
-    for _, message in messages(entry, *arguments):
+    for _, message in messages(entry, *arguments, died="bench_died"):
         if message["kind"] == "loaded":
             column.info = info_from(message["info"])
             column.values[load] = message["seconds"]
