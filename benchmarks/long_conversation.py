@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from glmui.i18n import Words  # noqa: E402
 from glmui.ui import present  # noqa: E402
 from glmui.ui.desk import Desk  # noqa: E402
 from tests.small_world import World  # noqa: E402
@@ -35,7 +36,7 @@ def main() -> None:
         for name, conversation in (("small", small), ("large", large)):
             began = time.monotonic()
             view = desk.view(conversation)
-            present.thread(view.messages, None, "en")
+            present.thread(view.messages, None, Words("en"))
             opened = time.monotonic() - began
             costs[name] = follow(desk, conversation)
             print(f"{name:5}: opens in {opened:.3f} s, follows a reply at {costs[name]:.1%} of a core")
@@ -58,8 +59,8 @@ def follow(desk: Desk, conversation: str, tokens: int = 1000, speed: int = 50) -
     async def watch() -> float:
         began = cpu = 0.0
         async for view in desk.follow("tab", conversation, 60):
-            present.thread(view.messages, view.live, "en")
-            present.status(view.live, view.place, view.last_reply, "en")
+            present.thread(view.messages, view.live, Words("en"))
+            present.status(view.live, view.place, view.last_reply, Words("en"))
             if view.live and view.live.tokens and not began:
                 began, cpu = time.monotonic(), time.process_time()
         return (time.process_time() - cpu) / (time.monotonic() - began)

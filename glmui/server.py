@@ -28,9 +28,6 @@ from glmui.splash import Splash
 if TYPE_CHECKING:
     import socket
 
-    from glmui.memory.forecast import Forecast
-    from glmui.types import EngineSpec
-
 log = logging.getLogger(__name__)
 
 TRASH_SECONDS = 30 * 86400  # so long a deleted conversation can be brought back
@@ -244,9 +241,9 @@ def build_app(settings: Settings) -> House:
     from glmui.choice import Choice
     from glmui.downloads import Downloads
     from glmui.engine.client import EngineClient
-    from glmui.memory.forecast import forecast
     from glmui.memory.spill import SpillWatch
     from glmui.meter import Meter
+    from glmui.outlook import foreseer
     from glmui.store import Store
     from glmui.text import open_counter
 
@@ -260,20 +257,19 @@ def build_app(settings: Settings) -> House:
         from glmui.ui.mount import mount
         from glmui.ui.shelf import Shelf
 
-        counter = lru_cache(maxsize=1)(
-            lambda folder, family: open_counter(Path(folder), family)
-        )  # a vocabulary takes a while
+        # Opening a vocabulary takes a while.
+        counter = lru_cache(maxsize=1)(lambda folder, family: open_counter(Path(folder), family))
         choice, meter = Choice(settings), Meter()
         store.purge(time.time() - TRASH_SECONDS)
         spill = SpillWatch(meter, settings.data_dir)
         engine = EngineClient(idle_seconds=settings.idle_minutes * 60, remark=spill.remark)
 
-        def foresee(spec: EngineSpec) -> Forecast | None:
-            pid = engine.info().pid
-            return forecast(spec, meter.read(pid), pid is not None)
-
         service = ChatService(
-            store, engine, choice.spec, lambda spec: counter(spec.folder, spec.chatglm_family), foresee
+            store,
+            engine,
+            choice.spec,
+            lambda spec: counter(spec.folder, spec.chatglm_family),
+            foreseer(engine, meter),
         )
         downloads = Downloads(lambda: choice.settings, choice.take_up)
         app = FastAPI(openapi_url=None)

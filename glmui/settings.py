@@ -1,7 +1,7 @@
 """Settings: defaults < settings file < environment (GLMUI_PORT …) < command-line flags.
 
-The file is settings.toml in the data folder. What the page changes (model, device, threads, language,
-idle minutes) is written back there, everything else in the file left as the user wrote it.
+The file is settings.toml in the data folder. What the page changes is written back there, everything else in
+the file left as the user wrote it.
 """
 
 from __future__ import annotations

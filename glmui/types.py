@@ -150,6 +150,17 @@ class EngineInfo:
     kernel: str = ""  # what multiplies quantised weights; "" where torch does
     cpu_precision: str = ""  # its numerics; "" is exact
 
+    @property
+    def cards(self) -> list[str]:
+        """The NVIDIA cards that hold the model, or a part of it."""
+        return sorted({name for name in (self.device, *self.layers) if name.startswith("cuda")})
+
+
+# Tokens of a long prompt that are worked on at a time where nothing else is said: bounds memory, and how
+# long Stop waits.
+PIECE = 256
+# Tokens of prompt and reply: with less there is no conversation.
+LEAST_CONTEXT = 512
 
 # The values of the setting `quantize`, and the bits that each gives a weight; 0 leaves it as it is.
 BITS = {"none": 0, "int8": 8, "int4": 4}
@@ -170,11 +181,12 @@ class EngineSpec:
     context: tokens that the memory plan keeps room for. context_most: how many a conversation may take at
     most, 0 for as many as there is room for. prefill_piece: tokens of a prompt that are read at a time, 0 for
     the plan's choice. vram_reserve: bytes of each card that are left to others. vram_cap: bytes of each card
-    that are looked at as if there were no more, 0 for all.
+    that a ChatGLM's plan looks at as if there were no more, 0 for all.
     chatglm_family: "chatglm2" or "chatglm3" for a folder whose files fit both, else "".
     packed_dir: where weights in the CPU kernels' order are kept, "" for nowhere. kernel_dir: where built
     kernels are kept, "" for the account's cache.
     prefix, adapter: folders of ChatGLM's extras, "" for none.
+    hasty: somebody waits, for memory ran out: nothing is done while loading that only later loads gain by.
     """
 
     model: str
@@ -197,6 +209,7 @@ class EngineSpec:
     stop_repetition: bool = True
     prefix: str = ""
     adapter: str = ""
+    hasty: bool = field(default=False, compare=False)
 
     @property
     def base(self) -> EngineSpec:
@@ -251,12 +264,6 @@ class TokenCounter(Protocol):
     """Counts what a prompt of these messages costs, template and generation prompt included."""
 
     def __call__(self, messages: Sequence[Message]) -> int: ...
-
-
-class Embedder(Protocol):
-    """Turns texts into vectors of one length for the knowledge base."""
-
-    def __call__(self, texts: Sequence[str], *, query: bool = False) -> list[list[float]]: ...
 
 
 HistoryMode = Literal["fit", "rounds", "tokens"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ from transformers import (
 )
 
 from glmui import quantize, register_auto_classes
+from glmui.engine import auto_classes, cards
+from glmui.engine.card_step import CardStep
 from glmui.errors import ModelError
 from glmui.quant import QuantizedLinear
+from glmui.quant.kernels.cuda import BlockKernels, CardKernels, Loaded
+from glmui.quant.on_card import CardLinear
 from tests.chatglm_fixture import KINDS, copy_checkpoint, goldens
+from tests.emulated_card import EmulatedModule
 from tests.reference import reference
 
 Folder = Callable[[str], Path]
@@ -187,3 +193,81 @@ def test_a_fresh_model_from_its_config(tiny_chatglm: Folder) -> None:
     model = AutoModel.from_config(config)
     assert quantised_layers(model) == 16
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
+
+
+# On a card, which an emulated one stands in for: its tensors lie in memory
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in float16 lies on a card."""
+    loaded = Loaded(CardKernels(EmulatedModule(), "sm_86"), BlockKernels(EmulatedModule(), "sm_86"), "")
+    device = torch.device("cpu")
+    there = cards.Cards({device: loaded})
+    monkeypatch.setattr(
+        auto_classes,
+        "cards_of",
+        lambda glm: (
+            {"cuda:0"}
+            if glm.get_submodule(glm.BLOCKS)[0].input_layernorm.weight.dtype == torch.float16
+            else ()
+        ),
+    )
+    monkeypatch.setattr(cards, "open_cards", lambda names, folder: there if names else cards.Cards({}))
+    monkeypatch.setattr(cards, "CardStep", partial(CardStep, record=None))
+
+
+def card_layers(model: Any) -> list[CardLinear]:
+    return [module for module in model.modules() if isinstance(module, CardLinear)]
+
+
+@pytest.mark.usefixtures("card")
+def test_layers_on_a_card_are_computed_by_its_kernels_as_long_as_they_are_there(tiny_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int4"))
+    model = AutoModel.from_pretrained(tiny_chatglm("int4")).float()
+    ids = torch.tensor([goldens()["models"]["int4"]["prompts"][0]["input_ids"]])
+    how = {"max_length": 14, "do_sample": False}
+    with torch.inference_mode():
+        assert card_layers(model) == []
+        wanted, (said, _) = model(ids).logits, model.chat(tokenizer, "你好", **how)
+        names = [name for name, _ in model.named_parameters()]
+        model.half()
+        assert len(card_layers(model)) == 16
+        assert [name for name, _ in model.named_parameters()] == names
+        assert (model(ids).logits - wanted).abs().max() < 6e-2
+        assert isinstance(model._decoder()._step, CardStep)
+        assert model.chat(tokenizer, "你好", **how)[0][:6] == said[:6]
+        model.float()
+        assert card_layers(model) == []
+        assert model._decoder()._step is None
+        assert torch.equal(model(ids).logits.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.usefixtures("card")
+def test_training_through_them_is_torchs(tiny_chatglm: Folder) -> None:
+    layer = card_layers(AutoModel.from_pretrained(tiny_chatglm("int4")).half())[0]
+    x = torch.randn(20, layer.in_features).half().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
+
+
+@pytest.mark.usefixtures("card")
+def test_the_quantisation_cache_sizes_the_scratch(
+    tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmui.quant.on_card.SCRATCH", 1024)
+    plain = AutoModel.from_pretrained(tiny_chatglm("int4")).half()
+    whole = AutoModel.from_pretrained(tiny_chatglm("int4"), use_quantization_cache=True).half()
+    largest = max(2 * layer.in_features * layer.out_features for layer in card_layers(plain))
+    assert (scratch_of(plain), scratch_of(whole)) == (1024, largest)
+    assert scratch_of(quantize(plain, 4, use_quantization_cache=True)) == largest
+    floats = AutoModel.from_pretrained(tiny_chatglm("fp16")).half()
+    assert card_layers(floats) == []
+    assert scratch_of(quantize(floats, 4, True, quantization_embeddings=True)) == largest  # not the head's
+
+
+def scratch_of(model: Any) -> int:
+    """Bytes of the memory that its layers widen weights into."""
+    (scratch,) = {layer._scratch for layer in card_layers(model)}
+    return int(scratch._memory.nbytes)

@@ -21,6 +21,7 @@ from glmui.bench.probe import ReadProbe
 from glmui.engine.families import open_family
 from glmui.engine.placement import cache_dtype
 from glmui.errors import EngineError, FetchError
+from glmui.quantising.tensor_header import bytes_of
 from glmui.tools.bench_results import Results, of_limit, table
 from glmui.types import EngineInfo, EngineSpec
 from tests.tiny_llama import make_tiny_llama
@@ -151,7 +152,7 @@ def test_chatglm_reads_all_of_its_weights_and_its_cache(tmp_path: Path) -> None:
     config = random_model.SIZES["tiny"]
     spec = EngineSpec("tiny", str(tmp_path), "cpu", 1)
     subject = measure.subject_of(open_family(spec, lambda progress: None))
-    stored = sum(random_model.bytes_of(dtype, shape) for _, dtype, shape in random_model.tensors_of(config))
+    stored = sum(bytes_of((dtype, shape)) for _, dtype, shape in random_model.tensors_of(config))
     assert stored <= subject.weight_bytes < 1.01 * stored  # the embedding in float16 as in the file
     subject.prefill(8)
     rows = subject.at(16, 3)
@@ -199,7 +200,7 @@ def test_a_full_disk_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.
 def test_the_random_6b_has_the_published_size() -> None:
     config = random_model.SIZES["chatglm-6b-int4"]
     tensors = list(random_model.tensors_of(config))
-    total = sum(random_model.bytes_of(dtype, shape) for _, dtype, shape in tensors)
+    total = sum(bytes_of((dtype, shape)) for _, dtype, shape in tensors)
     assert total / 1e9 == pytest.approx(3.89, abs=0.01)
     assert set(dict(cli.BENCH)["--random"]["choices"]) == set(random_model.SIZES)
 

@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from glmui import cli, i18n
-from glmui.bench import card_subject, figures, random_model
-from glmui.bench.card_subject import CardSubject, PublishedLinear, published_way
-from glmui.bench.figures import PEAKS, Figures, NotMeasured
-from glmui.engine.decoders import ChatGLMDecoder
+from glmui.bench import card_subject, figures, measure, random_model
+from glmui.bench.card_subject import CardSubject, CausalCardSubject, PublishedLinear, published_way
+from glmui.bench.figures import ABOVE, PEAKS, Figures, NotMeasured
+from glmui.engine.causal_lm import open_causal_lm
+from glmui.engine.decoders import ChatGLMDecoder, Held, decoder_of
+from glmui.engine.wire import error_from
+from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedLinear
 from glmui.quant.on_card import head_in_int8
 from glmui.tools.bench_results import Results, table
-from glmui.types import EngineInfo
+from glmui.tools.measuring import check
+from glmui.types import EngineInfo, EngineSpec
+from tests.tiny_llama import make_tiny_llama
 
 CARD = EngineInfo(model="m", dtype="int4", device="cuda:0", context_length=2048)
 
@@ -106,7 +111,8 @@ def test_all_figures_of_a_card_are_taken(decoder: ChatGLMDecoder, card: SimpleNa
 
     Figures(CardSubject(decoder), CARD, tell, lambda: limits.append(1)).take()
     assert told["peak_vram_gb"] == {str(tokens): 5.0 for tokens in PEAKS}
-    assert card.begun == [0, 1] * len(PEAKS)
+    assert told[ABOVE] == {"512": 5.0}
+    assert card.begun == [0, 1] * (1 + len(PEAKS))
     assert all(value > 0 for row in told.values() for value in row.values())
     assert set(told["published_tok_s"]) == {"prefill", "decode"}
     assert limits  # the copy bandwidth is taken between the runs of decoding
@@ -197,3 +203,112 @@ def test_a_cap_that_no_card_has_is_refused(
     asked = ["bench", "--random", "tiny", f"--vram-cap={cap}", "--data-dir", str(tmp_path)]
     assert cli.main(asked) == 2
     assert "--vram-cap" in capsys.readouterr().err
+
+
+# Above weights and cache
+
+
+@pytest.fixture
+def everything_on_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_subject, "on_cards", lambda tensors: card_subject.bytes_of(*_once(tensors)))
+
+
+def _once(tensors: Any) -> list[torch.Tensor]:
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+
+
+@pytest.mark.usefixtures("everything_on_cards")
+def test_what_a_prompt_takes_is_told_beside_weights_and_the_whole_cache(
+    decoder: ChatGLMDecoder, card: SimpleNamespace
+) -> None:
+    planned = decoder_of(decoder.model, Held(1024, 1024))
+    subject = CardSubject(planned)
+    card.held = [3_000_000_000, 0]
+    above = subject.prefill_peak(64)
+    weights, cache = subject.vram_kept()
+    assert card.begun == [0, 1]
+    assert weights == sum(tensor.nbytes for tensor in decoder.model.parameters())
+    assert cache == 1024 * 2 * 32 * 4 * 2  # keys and values of two layers in float32, not 64 tokens of them
+    assert above == 3_000_000_000 - weights - cache
+
+
+@pytest.mark.usefixtures("everything_on_cards")
+def test_a_transformers_model_has_these_figures_too(tmp_path: Path, card: SimpleNamespace) -> None:
+    engine = open_causal_lm(EngineSpec("llama", str(make_tiny_llama(tmp_path)), "cpu", 1), lambda _: None)
+    assert engine.speaker is not None
+    subject = CausalCardSubject(engine.speaker.decoder)  # type: ignore[arg-type]
+    card.held = [1_000_000_000, 0]
+    above, (weights, cache) = subject.prefill_peak(20), subject.vram_kept()
+    assert weights > 0
+    assert cache > 0
+    assert above == 1_000_000_000 - weights - cache
+    assert subject.peak(60) == 1_000_000_000
+
+
+@pytest.mark.usefixtures("hurried")
+def test_where_a_card_took_part_its_memory_is_told(decoder: ChatGLMDecoder, card: SimpleNamespace) -> None:
+    told: list[tuple[str, dict[str, Any]]] = []
+    info = EngineInfo(family="chatglm", device="mixed", layers=("cuda:0", "cpu"), context_length=2048)
+    engine = SimpleNamespace(info=lambda: info, speaker=SimpleNamespace(decoder=decoder))
+    wire = SimpleNamespace(send=lambda kind, **values: told.append((kind, values)), receive=dict)
+    measure._measure(engine, wire)  # type: ignore[arg-type]
+    names = {values["name"] for kind, values in told if kind == "figure"}
+    assert {"peak_vram_gb", ABOVE} < names
+    assert "published_tok_s" not in names  # half of the layers would not be computed that way
+    assert told[-1][0] == "vram"
+
+
+def test_the_json_tells_weights_and_cache_of_every_card_that_took_part() -> None:
+    mixed = EngineInfo(device="mixed", layers=("cuda:0", "cpu"))
+    results = Results(info=mixed, load_s=[1, 1], vram_weights=2_500_000_000, vram_cache=940_000_000)
+    results.rows["peak_vram_gb"]["512"], results.rows[ABOVE]["512"] = 3.8, 0.31
+    found = results.as_json()
+    assert (found["weights_vram_gb"], found["cache_vram_gb"]) == (2.5, 0.94)
+    assert found["peak_above_weights_and_cache_gb"] == {"512": 0.31}
+    assert "published_tok_s" not in found
+    for language in ("en", "zh"):
+        text = "\n".join(lines(results, language))
+        assert "0.31 GB" in text
+        assert "cli." not in text
+
+
+# What has no meaning here
+
+
+def test_a_cap_without_a_card_is_refused() -> None:
+    capped = EngineSpec("m", "f", vram_cap=6 << 30)
+    with pytest.raises(InvalidInput, match="--vram-cap") as caught:
+        check(capped, Results(info=EngineInfo(family="chatglm", device="cpu", layers=("cpu",))))
+    assert caught.value.code == "bench_cap_without_card"
+    with pytest.raises(InvalidInput, match="--vram-cap"):  # no plan is made for it
+        check(capped, Results(info=EngineInfo(family="causal_lm", device="cuda:0")))
+    check(capped, Results(info=EngineInfo(family="chatglm", device="mixed", layers=("cuda:0", "cpu"))))
+
+
+def test_layers_that_count_for_nothing_are_told() -> None:
+    results = Results(info=EngineInfo(family="chatglm", device="cpu"), load_s=[1, 1])
+    check(EngineSpec("m", "f", "cpu", layers_on_gpu=14), results)
+    assert "--layers-on-gpu 14 has no effect" in lines(results, "en")[-1]
+    heard = Results(info=EngineInfo(family="chatglm", device="mixed"), load_s=[1, 1])
+    check(EngineSpec("m", "f", "mixed", layers_on_gpu=14), heard)
+    assert not any("--layers-on-gpu" in line for line in lines(heard, "en"))
+
+
+def test_memory_that_runs_out_while_measuring_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    wire = SimpleNamespace(send=lambda kind, **values: told.append(values["error"]))
+    monkeypatch.setattr(measure, "begin", lambda: None)
+    monkeypatch.setattr(measure, "Wire", lambda connection: wire)
+    monkeypatch.setattr(measure, "load", lambda spec, wire: SimpleNamespace())
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+
+    measure.serve(None, EngineSpec("m", "f"), full)  # type: ignore[arg-type]
+    monkeypatch.setattr(measure, "load", full)
+    measure.serve(None, EngineSpec("m", "f"), full)  # type: ignore[arg-type]
+    errors = [error_from(values) for values in told]
+    assert [error.code for error in errors] == ["bench_ran_out", "out_of_memory"]
+    words = errors[0].message("en")
+    assert "text so far" not in words
+    assert "cuda:0" in words

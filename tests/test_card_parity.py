@@ -12,7 +12,6 @@ import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from glmui.engine.decoders import GLMDecoder, Held, decoder_of
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.memory.model_size import ModelSize
-from glmui.memory.plan import Machine, Wish, plan
+from glmui.memory.plan import Machine, PlanRequest, plan
 from glmui.quant import QuantizedLinear
 from glmui.quant.kernels import cuda
 from glmui.quant.on_card import CardLinear, use_card_kernels
@@ -33,10 +32,14 @@ from tests import chatglm2_fixture, chatglm_fixture
 from tests.chatglm2_fixture import tiny_chatglm2  # noqa: F401  (a fixture, where there is no conftest.py)
 from tests.chatglm_fixture import tiny_chatglm  # noqa: F401
 
-# How far a prompt's logits in float16 may be from float32; plain half arithmetic is off by 2 to 5e-2.
-# ChatGLM2 rounds its rotary angles too, as published, which alone is 0.1 beyond a hundred tokens.
+# How far any logit of a prompt in float16 may be from float32: for ChatGLM-6B the goal itself, plain half
+# arithmetic on a CPU comes to 5.2e-2 in the worst of these 39 prompts (2.5e-2 in the usual one). The logits
+# of the other two are spread wider (3.5 against 2.8), ChatGLM2 rounds its rotary angles too, as published,
+# which alone is 0.1 beyond a hundred tokens: half arithmetic comes to 0.128 and 5.2e-2.
 TOLERANCE = {"chatglm": 6e-2, "chatglm2": 0.2, "chatglm3": 8e-2}
-ALONG = 3  # as much more in the worst of some hundred steps: half arithmetic on a CPU comes to 2.2
+# As much more in the worst of some hundred steps, each of which reads keys that all before it have rounded:
+# half arithmetic comes to 1.2, 0.9 and 1.6 times the above.
+ALONG = 2.5
 CLOSE_CALL = 1e-3  # a step whose two best logits are nearer may go the other way
 MIB = 2**20
 GAP = [130001, 130004]  # [gMASK] and <sop> of ChatGLM-6B
@@ -143,7 +146,7 @@ def test_logits_in_float16(
         errors = [float((got - wanted).abs().max()) for (wanted, _, _), (got, _, _) in both]
         of_prompts.append(errors[0])
         assert max(errors) < ALONG * TOLERANCE[family], case["name"]
-    assert median(of_prompts) < TOLERANCE[family]
+    assert max(of_prompts) < TOLERANCE[family]
     assert step is None or step.reason == ""
 
 
@@ -236,7 +239,7 @@ def test_running_out_of_memory_is_survived_twenty_times(
 def test_the_plans_bound_is_kept(device: torch.device) -> None:
     size = ModelSize.of(GLMConfig(130528, 32, 128, 4, 2, quantization_bit=4))
     try:
-        cards.limit_memory(plan(size, Machine((2_000_000_000,), 2**34), Wish("cuda")))
+        cards.limit_memory(plan(size, Machine((2_000_000_000,), 2**34), PlanRequest("cuda")))
         torch.empty(500_000_000, dtype=torch.uint8, device=device)
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(1_500_000_000, dtype=torch.uint8, device=device)

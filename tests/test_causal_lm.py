@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from glmui.engine import device as devices
 from glmui.engine.causal_lm import CausalDecoder, open_causal_lm, piece_length
 from glmui.engine.generate import Cancelled
 from glmui.engine.loaded import LoadedEngine
 from glmui.errors import InvalidInput, ModelError
+from glmui.quant import QuantizedLinear
 from glmui.text.chat_template import ChatTokenizer
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message, Progress
 from tests.tiny_llama import make_tiny_llama
@@ -215,3 +218,44 @@ def test_pieces_are_smaller_where_the_model_is_large() -> None:
     assert piece_length(1_000_000, CPU) == 256
     assert piece_length(9_000_000_000, CPU) == 16
     assert piece_length(9_000_000_000, torch.device("cuda:0")) == 512
+
+
+# On a card, which another name of this computer's memory stands in for
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = devices.Placement("cpu:0", "float32", "reasons.card_float16")
+    monkeypatch.setattr(devices, "place", lambda *_: where)
+
+
+def test_a_card_is_warm_before_anybody_asks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    inner = CausalDecoder._forward
+
+    def forward(self: CausalDecoder, ids: list[int]) -> torch.Tensor:
+        taken.append(len(ids))
+        return inner(self, ids)
+
+    monkeypatch.setattr(CausalDecoder, "_forward", forward)
+    cold = open_causal_lm(spec_of(folder), lambda progress: None)
+    assert taken == []
+    on_a_card(monkeypatch)
+    warm = open_causal_lm(spec_of(folder), lambda progress: None)
+    assert taken[0] > 8  # a prompt, then tokens one by one
+    assert taken[1:] == [1, 1]
+    assert reply(warm, QUESTION)[0] == reply(cold, QUESTION)[0]
+
+
+def test_what_goes_to_a_card_is_small_already(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fits only once it is quantised."""
+    inner, moved = torch.nn.Module.to, []
+
+    def to(self: torch.nn.Module, *where: Any, **more: Any) -> torch.nn.Module:
+        if where == ("cpu:0",):
+            moved.append(sum(isinstance(module, QuantizedLinear) for module in self.modules()))
+        return inner(self, *where, **more)
+
+    on_a_card(monkeypatch)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    open_causal_lm(spec_of(folder, quantize="int4"), lambda progress: None)
+    assert moved == [14]

@@ -18,6 +18,7 @@ from glmui import ChatGLM
 from glmui.engine.chatglm_api import generate_batch
 from glmui.engine.talks import Wish
 from glmui.errors import EngineError, InvalidInput
+from glmui.quant import QuantizedLinear
 from tests.chatglm_fixture import DATA, KINDS, goldens
 
 Folder = Callable[[str], Path]
@@ -63,6 +64,19 @@ def test_published_greedy_ids(small: Small) -> None:
     lm = small("int8")
     for case in goldens()["models"]["int8"]["prompts"]:
         assert lm.generate(case["input_ids"], max_new_tokens=32) == case["greedy_ids"], case["name"]
+
+
+def test_the_quantisation_cache_is_asked_for(tiny_chatglm: Folder) -> None:
+    for asked in (False, True):
+        lm = ChatGLM.from_pretrained(tiny_chatglm("int4"), "cpu", "float16", use_quantization_cache=asked)
+        layers = [module for module in lm.model.modules() if isinstance(module, QuantizedLinear)]
+        assert len(layers) == 16
+        assert all(layer.whole == asked for layer in layers)
+
+
+def test_no_new_tokens_are_none(small: Small) -> None:
+    lm = small("int4")
+    assert lm.generate(goldens()["models"]["int4"]["prompts"][0]["input_ids"], max_new_tokens=0) == []
 
 
 def test_published_sampling(small: Small) -> None:

@@ -129,3 +129,13 @@ def test_dangerous_and_rich_text() -> None:
     assert "<script>" in text_of(ask("/echo script"))
     rich = text_of(ask("/echo markdown"))
     assert all(sign in rich for sign in ("```python", "| left |", "$e^", "\\(a^2\\)", "\\[", "$$"))
+
+
+def test_where_memory_is_what_lacks_room_it_is_memory_that_is_named() -> None:
+    echo = EchoEngine(EngineSpec("echo", "echo", context_most=100))
+    with pytest.raises(InvalidInput) as caught:
+        list(echo.stream_chat([Message("user", "word " * 100)], GenerationParams(), "r"))
+    assert (caught.value.code, caught.value.values["room"]) == ("prompt_beyond_memory", 100)
+    with pytest.raises(InvalidInput) as caught:
+        list(echo.stream_chat([Message("user", "word " * 100)], GenerationParams(max_length=64), "r"))
+    assert caught.value.code == "prompt_too_long"

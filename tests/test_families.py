@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,24 @@ def test_devices() -> None:
     assert resolve_device("cpu", ["cuda:0", "cpu"]) == "cpu"
     with pytest.raises(InvalidInput, match="cpu"):
         resolve_device("cuda:1", ["cpu"])
+
+
+def test_precision_is_that_of_the_very_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cards the first may be too old for bfloat16 and the second not."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def on(device: str) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("glmui.engine.device.available_devices", lambda: ["cuda:0", "cuda:1", "cpu"])
+    monkeypatch.setattr("torch.cuda.device", on)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda emulated: current[-1] == "cuda:1")
+    assert place("cuda:1", "bfloat16", 1).dtype == "bfloat16"
+    assert place("cuda", "bfloat16", 1).dtype == "float16"
+    assert place("cuda:1", "float16", 1).dtype == "float16"
 
 
 def test_precision_on_a_cpu() -> None:

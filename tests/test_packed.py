@@ -214,6 +214,23 @@ def test_nothing_is_written_where_the_disk_would_be_full(
     assert world.files() == []
 
 
+@pytest.mark.parametrize("head_bits", [16, 8])
+def test_in_haste_nothing_is_written_and_what_is_there_is_used(
+    world: World, model: Path, monkeypatch: pytest.MonkeyPatch, head_bits: int
+) -> None:
+    """After memory ran out somebody waits; writing the file is most of a first load."""
+    first, _ = world.open(model, hasty=True, head_bits=head_bits)
+    assert world.files() == []
+    assert first.info().kernel
+    assert first.info().reason != "reasons.packed_not_kept"
+    said = answer(first)
+    assert answer(world.open(model, head_bits=head_bits)[0]) == said
+    monkeypatch.setattr("glmui.quant.fast.pack_layer", lambda *_: pytest.fail("packed again"))
+    again, _ = world.open(model, hasty=True, head_bits=head_bits)
+    assert world.packs == 0
+    assert answer(again) == said
+
+
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     world: World, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

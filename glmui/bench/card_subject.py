@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -22,8 +22,17 @@ from glmui.bench.figures import (
     median_of,
     prefill_rate,
 )
-from glmui.bench.subjects import DecoderRow, GLMRows, GLMSubject, kept_bytes
+from glmui.bench.subjects import (
+    CausalSubject,
+    DecoderRow,
+    GLMRows,
+    GLMSubject,
+    bytes_of,
+    kept_bytes,
+    tensors_of,
+)
 from glmui.glm.checkpoint import AnyModel
+from glmui.memory.visible import visible
 from glmui.meter import Meter
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.on_card import CardLinear
@@ -34,8 +43,56 @@ _PREFILL_SECONDS = 20.0
 _COPIED = (128 << 20, 32 << 20)
 
 
-class CardSubject(GLMSubject):
-    """See figures.Subject and figures.OnCard.
+class Peaks:
+    """The memory of all cards together, as torch's allocator counts it. See figures.OnCard.
+
+    To be mixed into a figures.Subject.
+    """
+
+    def peak(self: Any, context: int) -> int:
+        reset_peaks()
+        row = self.at(context - MOST_STEPS, 1)
+        row.reset()
+        for _ in range(MOST_STEPS):
+            row.step()
+        return vram_peak()
+
+    def prefill_peak(self: Any, tokens: int) -> int:
+        reset_peaks()
+        self.prefill(tokens)
+        weights, cache = self.vram_kept()
+        return vram_peak() - int(weights) - int(cache)
+
+    def vram_kept(self) -> tuple[int, int]:
+        """Bytes of the weights on cards, and of the KV cache there with all the room it has taken."""
+        raise NotImplementedError
+
+
+def reset_peaks() -> None:
+    for card in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(card)
+
+
+def vram_peak() -> int:
+    return sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
+
+
+def on_cards(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of those that are on cards, each counted once."""
+    return bytes_of(*{id(t): t for t in tensors if t is not None and t.is_cuda}.values())
+
+
+class CausalCardSubject(Peaks, CausalSubject):
+    """A transformers model on a card."""
+
+    def vram_kept(self) -> tuple[int, int]:
+        layers = self._decoder.cache.layers
+        cache = (t for layer in layers for t in (layer.keys, layer.values))
+        return on_cards(self._decoder.model.parameters()), on_cards(cache)
+
+
+class CardSubject(Peaks, GLMSubject):
+    """See figures.Subject, figures.OnCard and figures.WithPublished.
 
     By the engine's own decoder: it alone takes the quickest way to the next token, and there may be no memory
     for a second KV cache.
@@ -55,19 +112,13 @@ class CardSubject(GLMSubject):
         several: Rows = self._in_room(GLMRows, self._model, self._prompt(context), rows)
         return several
 
-    def peak(self, context: int) -> int:
-        """See OnCard. As torch's allocator counts, over all cards."""
-        cards = range(torch.cuda.device_count())
-        for card in cards:
-            torch.cuda.reset_peak_memory_stats(card)
-        row = self.at(context - MOST_STEPS, 1)
-        row.reset()
-        for _ in range(MOST_STEPS):
-            row.step()
-        return sum(torch.cuda.max_memory_allocated(card) for card in cards)
+    def vram_kept(self) -> tuple[int, int]:
+        """See Peaks."""
+        rooms = (self._decoder.cache.room(layer) for layer in range(self._model.config.num_layers))
+        return on_cards(self._model.parameters()), on_cards(t for room in rooms for t in tensors_of(room))
 
     def published(self, what: Published) -> float:
-        """See OnCard."""
+        """See WithPublished."""
         tokens = PUBLISHED[what]
         with published_way(self._model):
             if what == "decode":
@@ -156,8 +207,8 @@ def _to_copy(device: str) -> tuple[Tensor, Tensor]:
 def cuda_context(device: str) -> int | None:
     """Bytes of the card that this process holds beside torch's, None where the driver does not tell."""
     with closing(Meter()) as meter:
-        cards = {card.index: card.own for card in meter.read(os.getpid()).cards}
-    own = cards.get(torch.device(device).index or 0)
+        card = visible(meter.read(os.getpid()).cards).get(f"cuda:{torch.device(device).index or 0}")
+    own = card.own if card else None
     return None if own is None else max(0, own - torch.cuda.memory_reserved(device))
 
 

@@ -20,6 +20,8 @@ CONTEXTS = (128, 1024)
 LONG_CONTEXT = 8192  # decoded up to, by models that were trained on so much
 BATCHES = (1, 2, 4, 8)
 PEAKS = (512, 1024, 2048)  # tokens of a conversation, at which a card's memory is looked at
+PREFILL_PEAK = 512  # tokens of the prompt, of which is told what reading it takes beside weights and cache
+ABOVE = "peak_above_weights_and_cache_gb"
 PUBLISHED = {"prefill": 512, "decode": 128}  # what is done the published way too, and its tokens
 FULL_CONTEXT = 2048  # or the model's own, where that is less
 MOST_STEPS = 32  # tokens decoded in one run, at most
@@ -80,11 +82,20 @@ Published = Literal["prefill", "decode"]
 
 @runtime_checkable
 class OnCard(Protocol):
-    """A Subject on a card."""
+    """A Subject of which a part at least is on cards."""
 
     def peak(self, context: int) -> int:
         """The most bytes of VRAM that reading and answering take, once the conversation is so long."""
         ...
+
+    def prefill_peak(self, tokens: int) -> int:
+        """The most bytes of VRAM that reading a prompt takes beside the weights and the whole KV cache."""
+        ...
+
+
+@runtime_checkable
+class WithPublished(Protocol):
+    """A Subject that can do what the published code does, to be compared with."""
 
     def published(self, what: Published) -> float:
         """Tokens a second the published way, which widens a whole matrix and then multiplies."""
@@ -113,16 +124,22 @@ class Figures:
         self._reach_full_context()
         if isinstance(self._subject, OnCard):
             self._on_card(self._subject)
+        if isinstance(self._subject, WithPublished) and has_limit(self._info.device):
+            for what in PUBLISHED:
+                self._figure("published_tok_s", what, self._subject.published)
 
     def _on_card(self, subject: OnCard) -> None:
+        self._figure(ABOVE, PREFILL_PEAK, partial(self._prefill_peak, subject))
         for context in PEAKS:
             self._figure("peak_vram_gb", context, partial(self._peak, subject))
-        for what in PUBLISHED:
-            self._figure("published_tok_s", what, subject.published)
 
     def _peak(self, subject: OnCard, context: int) -> float:
         self._check_context(context - MOST_STEPS)
         return subject.peak(context) / 1e9
+
+    def _prefill_peak(self, subject: OnCard, tokens: int) -> float:
+        self._check_context(tokens)
+        return subject.prefill_peak(tokens) / 1e9
 
     def _long(self) -> tuple[int, ...]:
         can = self._info.context_length >= LONG_CONTEXT and not self._subject.reads_context

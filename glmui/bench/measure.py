@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ import psutil
 from glmui.bench.figures import Figures, NotMeasured, Subject
 from glmui.engine.device import resolve_device
 from glmui.engine.families import family_of, open_family
+from glmui.engine.own_process import begin
 from glmui.engine.wire import Wire
-from glmui.engine.worker import ENVIRONMENT, explain
-from glmui.errors import EngineError, InvalidInput, to_values
+from glmui.engine.worker import explain
+from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
 from glmui.glm.config import read_config
 from glmui.types import ChatEngine, EngineSpec, Progress
 
@@ -42,10 +42,8 @@ def serve(
     connection: Connection, spec: EngineSpec, work: Callable[[ChatEngine, Wire], None] | None = None
 ) -> None:
     """Load the model, do `work` with it, and tell of both or of what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the command's to handle
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    wire = Wire(connection)
+    begin()
+    wire, engine = Wire(connection), None
     try:
         engine = load(spec, wire)
         if work:
@@ -54,7 +52,15 @@ def serve(
     except (BrokenPipeError, EOFError):
         return  # nobody listens any more
     except BaseException as error:
-        wire.send("failed", error=to_values(explain(error)))
+        wire.send("failed", error=to_values(_told(error, engine)))
+
+
+def _told(error: BaseException, engine: ChatEngine | None) -> GlmuiError:
+    """The error in words for one who measures, and waits for no reply. engine: None while it still loaded."""
+    told = explain(error)
+    if engine is None or told.code != "out_of_memory":
+        return told
+    return EngineError("bench_ran_out", device=told.values["device"])
 
 
 def load(spec: EngineSpec, wire: Wire) -> ChatEngine:
@@ -92,39 +98,44 @@ def _growth(spec: EngineSpec) -> int:
 
 
 def _measure(engine: ChatEngine, wire: Wire) -> None:
-    if engine.info().device.startswith("cuda"):
-        _measure_card(engine, wire)
-        return
+    subject, info = subject_of(engine), engine.info()
 
     def probe() -> None:
-        wire.send("probe", threads=engine.info().threads)
+        wire.send("probe", threads=info.threads)
         wire.receive()
 
-    Figures(subject_of(engine), engine.info(), wire.send, probe).take()
+    on_card = info.device.startswith("cuda")
+    Figures(subject, info, wire.send, partial(_copy, info.device, wire) if on_card else probe).take()
+    if cards := info.cards:
+        _tell_of_vram(subject, cards, wire)
 
 
-def _measure_card(engine: ChatEngine, wire: Wire) -> None:
-    from glmui.bench.card_subject import copy_gb_s, cuda_context
+def _copy(device: str, wire: Wire) -> None:
+    from glmui.bench.card_subject import copy_gb_s
 
-    device = engine.info().device
+    with contextlib.suppress(NotMeasured):
+        wire.send("limit", gb_s=copy_gb_s(device))
 
-    def probe() -> None:
-        with contextlib.suppress(NotMeasured):
-            wire.send("limit", gb_s=copy_gb_s(device))
 
-    Figures(subject_of(engine), engine.info(), wire.send, probe).take()
-    wire.send("vram", cuda_context=cuda_context(device))
+def _tell_of_vram(subject: Any, cards: Sequence[str], wire: Wire) -> None:
+    from glmui.bench.card_subject import cuda_context
+
+    contexts = [cuda_context(card) for card in cards]
+    known = [nbytes for nbytes in contexts if nbytes is not None]
+    weights, cache = subject.vram_kept()
+    context = sum(known) if len(known) == len(contexts) else None
+    wire.send("vram", cuda_context=context, weights=weights, cache=cache)
 
 
 def subject_of(engine: Any) -> Subject:
     """What is inside a loaded engine of the families chatglm and causal_lm."""
-    from glmui.bench.card_subject import CardSubject
+    from glmui.bench.card_subject import CardSubject, CausalCardSubject
     from glmui.bench.subjects import CausalSubject, GLMSubject
 
     decoder, info = engine.speaker.decoder, engine.info()
     if info.family != "chatglm":
-        return CausalSubject(decoder)
-    return CardSubject(decoder) if info.device.startswith("cuda") else GLMSubject(decoder)
+        return CausalCardSubject(decoder) if info.cards else CausalSubject(decoder)
+    return CardSubject(decoder) if info.cards else GLMSubject(decoder)
 
 
 def memory() -> tuple[int, int]:

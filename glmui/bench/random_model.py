@@ -1,12 +1,11 @@
 """ChatGLM checkpoints of random weights, real in shape and format: speed can be measured without a download.
 
-It does not depend on what the weights say. Written with the standard library alone.
+It does not depend on what the weights say. Written without torch.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ from typing import IO
 from glmui.errors import FetchError
 from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig
 from glmui.memory.published import SHAPES
+from glmui.quantising.tensor_header import Form, beginning, bytes_of
 from glmui.text.vocabulary import CHATGLM2_PIECES, NAMES
 
 SIZES: dict[str, AnyConfig] = {
@@ -42,10 +42,7 @@ def write(folder: Path, size: str) -> None:
     """Write a model of SIZES[size] into the existing `folder`. Raises FetchError("disk_too_full")."""
     config = SIZES[size]
     tensors = {name: (dtype, shape) for name, dtype, shape in tensors_of(config)}
-    need, free = (
-        sum(bytes_of(*tensor) for tensor in tensors.values()) + _SPARE,
-        shutil.disk_usage(folder).free,
-    )
+    need, free = sum(map(bytes_of, tensors.values())) + _SPARE, shutil.disk_usage(folder).free
     if free < need:
         raise FetchError("disk_too_full", folder=folder, free=free // 10**6, need=need // 10**6)
     values = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], **asdict(config)}
@@ -106,23 +103,13 @@ def _vectors(module: str, length: int, *names: str) -> Iterator[tuple[str, str, 
     yield from ((f"{module}.{name}", "F16", (length,)) for name in names)
 
 
-def bytes_of(dtype: str, shape: Shape) -> int:
-    return math.prod(shape) * (2 if dtype == "F16" else 1)
-
-
-def _write_tensors(file: IO[bytes], tensors: dict[str, tuple[str, Shape]]) -> None:
-    """The safetensors format: the header's length, the header as JSON, the tensors one after the other."""
-    header, place = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        end = place + bytes_of(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at whole words
-    file.write(struct.pack("<Q", len(text)) + text)
+def _write_tensors(file: IO[bytes], tensors: dict[str, Form]) -> None:
+    first, places = beginning(tensors)
+    file.write(first)
     halves, whole = _halves(), os.urandom(_POOL)
-    for name, (dtype, shape) in tensors.items():
-        _repeat(file, _values(name, halves) if dtype == "F16" else whole, bytes_of(dtype, shape))
+    for name in places:
+        pool = _values(name, halves) if tensors[name][0] == "F16" else whole
+        _repeat(file, pool, bytes_of(tensors[name]))
 
 
 def _values(name: str, halves: bytes) -> bytes:

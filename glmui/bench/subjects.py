@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glmui.bench.figures import MOST_STEPS, NotMeasured, Rows
 from glmui.engine.decoders import decoder_of
 from glmui.engine.generate import Decoder
-from glmui.glm.cache import KVCache
+from glmui.glm.cache import KVCache, Room
 from glmui.glm.checkpoint import AnyModel
 from glmui.glm.config import GLMConfig
 from glmui.quant.fast import KernelLinear
@@ -156,8 +156,14 @@ def weights_read(model: Any) -> int:
 def kept_bytes(cache: KVCache, layers: int, tokens: int) -> int:
     """Bytes of so many tokens in a KV cache, as they are kept."""
     rooms = [cache.room(layer) for layer in range(layers)]
-    kept = [t for room in rooms for t in (room.keys, room.values, room.key_scale, room.value_scale)]
-    return sum(bytes_of(tensor[:, :, : cache.front + tokens]) for tensor in kept if tensor is not None)
+    kept = [tensor for room in rooms for tensor in tensors_of(room)]
+    return sum(bytes_of(tensor[:, :, : cache.front + tokens]) for tensor in kept)
+
+
+def tensors_of(room: Room) -> list[Tensor]:
+    """What a layer's part of a KV cache is made of."""
+    kept = room.keys, room.values, room.key_scale, room.value_scale
+    return [tensor for tensor in kept if tensor is not None]
 
 
 def bytes_of(*tensors: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,8 +20,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from glmui.engine import cards
 from glmui.engine.auto_tokenizers import ChatGLMTokenizer
 from glmui.engine.chatglm_api import Chatting
+from glmui.engine.decoders import Step, decoder_of
+from glmui.engine.generate import Decoder
+from glmui.engine.loaded import kernel_folder
 from glmui.engine.placement import placement
 from glmui.glm.cache import SPARE, KVCache
 from glmui.glm.chatglm2 import ChatGLM2Model
@@ -28,6 +33,8 @@ from glmui.glm.checkpoint import AnyModel, Place, everything_on, load_model
 from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig, config_of, read_config
 from glmui.glm.model import ChatGLMModel
 from glmui.quant import quantize
+from glmui.quant.on_card import cards_of, forget_card_kernels, use_card_kernels
+from glmui.quant.swap import widen_whole
 from glmui.text.model_files import CHATGLM2_FAMILIES
 from glmui.types import EngineSpec
 
@@ -113,9 +120,13 @@ class _Generating(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._glm_config = config.glm
         glm = glm or self._fresh()
         self._whole = (glm,)  # in a tuple, so that its parts are not counted twice
+        self._step: Step | None = None
+        self._take_parts(glm)
+        self.post_init()
+
+    def _take_parts(self, glm: AnyModel) -> None:
         for name in self._parts:
             setattr(self, name, getattr(glm, name))
-        self.post_init()
 
     def _fresh(self) -> AnyModel:
         raise NotImplementedError
@@ -146,16 +157,40 @@ class _Generating(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[m
 
         dtype (or torch_dtype): None or "auto" leaves weights as they are stored; call .half() or .float().
         device_map: "auto", a device, or {name prefix: device}. load_in_4bit, load_in_8bit: quantise a float
-        checkpoint while loading. What else transformers takes here (use_quantization_cache …) has no effect.
+        checkpoint while loading. use_quantization_cache: see glmui.quantize. What else transformers takes
+        here has no effect.
         """
         folder = Path(pretrained_model_name_or_path)
         config = config or ChatGLMConfig.from_pretrained(folder)
         bits = 4 if kwargs.get("load_in_4bit") else 8 if kwargs.get("load_in_8bit") else 0
         place = _place(kwargs.get("device_map"), _dtype(kwargs), config.glm, bits)
         glm = load_model(folder, place, bits, family=config.chatglm_family)
+        if kwargs.get("use_quantization_cache"):
+            widen_whole(glm)
         model = _class_of(config.glm)(config, glm)
         model.eval()
+        model.layers_changed()
         return model
+
+    def layers_changed(self) -> None:
+        """Have quantised layers that are on cards now computed by the cards' kernels."""
+        glm = self._glm()
+        self._step = None  # an old one would keep old layers
+        found = cards.open_cards(cards_of(glm), kernel_folder())
+        use_card_kernels(glm, found.kernels)
+        self._take_parts(glm)
+        self._step = cards.step_of(glm, found)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Generating:
+        """What .cuda(), .half() and their like do it by."""
+        self._step = None
+        forget_card_kernels(self)
+        super()._apply(fn, recurse)
+        self.layers_changed()
+        return self
+
+    def _decoder(self) -> Decoder:
+        return decoder_of(self._glm(), step=self._step)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from glmui.engine.card_step import CardStep, can_step
+from glmui.engine.card_step import CardStep, can_step, is_computable
 from glmui.glm.checkpoint import AnyModel
 from glmui.memory.model_size import CPU
 from glmui.memory.plan import CUDA_CONTEXT, Plan, budget
@@ -78,7 +78,7 @@ def limit_memory(plan: Plan) -> None:
     for name in plan.on:
         if name != CPU:
             total = torch.cuda.get_device_properties(name).total_memory
-            most = (budget(plan.machine, plan.wish, name) + _LOST) / total
+            most = (budget(plan.machine, plan.request, name) + _LOST) / total
             torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, most)), name)
 
 
@@ -98,8 +98,15 @@ def step_of(model: AnyModel, cards: Cards) -> CardStep | None:
     return CardStep(model, loaded.block)
 
 
-def told(info: EngineInfo, cards: Cards, step: CardStep | None) -> EngineInfo:
+def told(info: EngineInfo, cards: Cards, model: AnyModel, step: CardStep | None) -> EngineInfo:
     """The info with what became of the kernels on cards. The gravest reason comes first."""
     kernel = ", ".join([*cards.names, *([info.kernel] if info.kernel else [])])
-    reason = cards.reason or (step.reason if step else "") or info.reason
+    reason = cards.reason or (step.reason if step else _without_step(model, cards)) or info.reason
     return replace(info, kernel=kernel, reason=reason)
+
+
+def _without_step(model: AnyModel, cards: Cards) -> str:
+    """Why there is no CardStep, where that is not to be seen from where the layers are."""
+    loaded = cards.loaded.get(model.device)
+    is_for_the_cache = loaded and loaded.block and is_computable(model, loaded.block)
+    return "reasons.card_kernels_cache" if is_for_the_cache else ""

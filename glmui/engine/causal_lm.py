@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from glmui.engine import device as devices
 from glmui.engine.generate import Speaker, common_prefix
-from glmui.engine.loaded import LoadedEngine, told, with_kernels
+from glmui.engine.loaded import WARM_UP, LoadedEngine, told, warm_up, with_kernels
 from glmui.engine.model_folder import describe, weight_files
 from glmui.errors import ModelError
 from glmui.text.chat_template import ChatTokenizer
@@ -105,10 +105,14 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
     torch.set_num_threads(threads)
     expected = weight_bytes * placement.torch_dtype.itemsize // (4 if described.dtype == "float32" else 2)
     with _watched(on_progress, expected if placement.device == "cpu" else 0):
-        model = _load(folder, placement)
-        model = _quantised(model, spec.quantize)
+        model = _quantised(_load(folder, placement), spec.quantize)
+        model.to(placement.device)  # once it is small
         quantised = spec.quantize != "none" and placement.dtype == "float32"
         kernels = with_kernels(model, placement.device, threads, spec.cpu_precision) if quantised else None
+    decoder = CausalDecoder(model, torch.device(placement.device))
+    if placement.device != "cpu":
+        warm_up(decoder, tokenizer.encode_chat(WARM_UP))
+        decoder.reset()
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -120,7 +124,7 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
         reason=placement.reason,
     )
     speaker = Speaker(
-        decoder=CausalDecoder(model, torch.device(placement.device)),
+        decoder=decoder,
         detokeniser=lambda: StreamingDetokeniser(tokenizer.decode),
         stop_ids=tokenizer.eos_ids,
         context_length=described.context_length,
@@ -135,6 +139,7 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
 
 
 def _load(folder: Path, placement: devices.Placement) -> Any:
+    """The model, in RAM: to load it straight onto a card, transformers wants another package (accelerate)."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -148,7 +153,7 @@ def _load(folder: Path, placement: devices.Placement) -> Any:
     except (ValueError, KeyError, OSError, ImportError) as error:
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError("model_not_loadable", folder=folder, detail=first_line) from error
-    return model.to(placement.device).eval()
+    return model.eval()
 
 
 def _quantised(model: Any, wish: str) -> Any:

@@ -10,10 +10,10 @@ from torch import nn
 
 from glmui.engine import cards
 from glmui.engine import device as devices
-from glmui.engine.decoders import GLMDecoder, Held, decoder_of
+from glmui.engine.decoders import Held, decoder_of
 from glmui.engine.extras import ChatGLMEngine, Extras
 from glmui.engine.generate import Speaker
-from glmui.engine.loaded import LoadedEngine, kernel_folder, told
+from glmui.engine.loaded import WARM_UP, LoadedEngine, kernel_folder, told, warm_up
 from glmui.engine.placement import Placement, cache_dtype, placement
 from glmui.engine.prepare import OnPart, open_prepared
 from glmui.glm.checkpoint import AnyModel, load_model
@@ -21,8 +21,6 @@ from glmui.glm.config import read_config
 from glmui.text.chatglm import begun_reply
 from glmui.text.chatglms import Detokeniser, detokeniser, open_tokenizer, prompt_ids, stops
 from glmui.types import BITS, EngineInfo, EngineSpec, Message, Progress
-
-_WARM_UP = [Message("user", "你好，" * 16)]  # more ids than the kernels for few rows take at once
 
 
 def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> LoadedEngine:
@@ -51,7 +49,7 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
     step = cards.step_of(model, found)
     decoder = decoder_of(model, _held(spec, where), step)
     if where.device != "cpu":
-        warm_up(decoder, prompt_ids(tokenizer, _WARM_UP))
+        warm_up(decoder, prompt_ids(tokenizer, WARM_UP))
     info = EngineInfo(
         state="ready",
         model=spec.model,
@@ -69,16 +67,18 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         decoder=decoder,
         detokeniser=lambda: detokeniser(tokenizer),
         stop_ids=stops(config.family) | {config.eos_token_id},
-        context_length=where.room,
+        context_length=max(config.context_length, spec.context),
+        room=where.room,
         stop_repetition=spec.stop_repetition,
         on_progress=on_progress,
+        ahead=step is not None,
     )
 
     def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], Detokeniser]]:
         begun = begun_reply(messages)
         return prompt_ids(tokenizer, messages), lambda: detokeniser(tokenizer, begun)
 
-    info = cards.told(told(info, prepared.kernels, spec.cpu_precision), found, step)
+    info = cards.told(told(info, prepared.kernels, spec.cpu_precision), found, model, step)
     return ChatGLMEngine(speaker, ask, info, decoder, extras)
 
 
@@ -96,12 +96,3 @@ def _held(spec: EngineSpec, where: Placement) -> Held:
     """On a card memory is taken for the context that was planned, once; elsewhere when it is needed."""
     planned = min(spec.context, where.room) if where.device not in ("cpu", "mps") else 0
     return Held(planned, where.room)
-
-
-@torch.inference_mode()
-def warm_up(decoder: GLMDecoder, ids: list[int]) -> None:
-    """Read a prompt and write two tokens, so that whatever a card's libraries do at their first use (open,
-    choose, take memory, record) is done before somebody waits for an answer. A CPU gains nothing by it."""
-    logits = decoder.prefill(ids, lambda part: None)
-    for _ in range(2):
-        logits = decoder.step(int(logits.argmax()))

@@ -23,6 +23,7 @@ from glmui.glm.cache import SPARE
 from glmui.glm.checkpoint import AnyModel, empty_model, load_model
 from glmui.glm.config import AnyConfig, read_config
 from glmui.glm.model import ChatGLMModel
+from glmui.quant.swap import widen_whole
 from glmui.text.chatglms import AnyTokenizer, detokeniser, open_tokenizer, stops
 from glmui.types import EngineSpec, Role
 
@@ -105,7 +106,8 @@ class Chatting:
         decoder, ends = self._decoder(), ends_of(self._glm().config)
         room = max(wish.max_length - len(ids), 1)  # one, as the published code gives it
         sampler = wish.sampler(decoder.device)
-        return generate_ids(decoder, ids, sampler, limit or room, ends, cancelled=lambda: False)
+        most = room if limit is None else limit
+        return generate_ids(decoder, ids, sampler, most, ends, cancelled=lambda: False)
 
 
 class ChatGLM(Chatting):
@@ -139,6 +141,7 @@ class ChatGLM(Chatting):
         family: str = "",
         prefix: Folder = None,
         adapter: Folder = None,
+        use_quantization_cache: bool = False,
     ) -> ChatGLM:
         """Open a published folder (FP16, INT8, INT4) of any of the three; `.family` tells which it is.
 
@@ -146,7 +149,8 @@ class ChatGLM(Chatting):
         dtype: what is computed in; None is float32 on a CPU, float16 on a card. On a CPU float32 is exact.
         bits: 4 or 8 quantises a float16 folder while loading. family: "chatglm2" or "chatglm3" where the
         folder's files fit both. prefix, adapter: see use_prefix and use_adapter; with `bits` an adapter is
-        added to the weights before they are quantised, and stays in them. Raises ModelError, InvalidInput.
+        added to the weights before they are quantised, and stays in them. use_quantization_cache: see
+        glmui.quantize. Raises ModelError, InvalidInput.
         """
         config = read_config(folder, family)
         tokenizer = open_tokenizer(Path(folder), config.family, config.vocab_size)
@@ -158,6 +162,8 @@ class ChatGLM(Chatting):
         merged = adapter if bits and not config.quantization_bit else None
         change = _merging(merged, config) if merged else None
         model = load_model(folder, where.place, bits or 0, family=family, change=change)
+        if use_quantization_cache:
+            widen_whole(model)
         found = cards.open_cards(() if where.dtype == torch.float32 else where.layers, kernel_folder())
         cards.settle(model, found)
         if (where.dtype == torch.float32 or where.device == "mixed") and (bits or config.quantization_bit):

@@ -20,6 +20,7 @@ from glmui.memory.forecast import Forecast, forecast
 from glmui.meter import Reading
 from glmui.text import pieces
 from glmui.types import (
+    PIECE,
     Chunk,
     EngineInfo,
     EngineSpec,
@@ -74,7 +75,7 @@ class EchoEngine:
         """See types.ChatEngine."""
         script = read_script(messages[-1].content if messages else "")
         prompt_tokens = pieces.count(messages)
-        limit = room(prompt_tokens, params, self._room())
+        limit = room(prompt_tokens, params, memory=self._room())
         if not self._awake:
             yield from self._pretend("loading", script.seconds.get("load", 0), request_id)
             self._awake = True
@@ -151,7 +152,7 @@ class EchoEngine:
         spec = self._spec
         stages = {"piece": "prefill", "context": "decode", "layers": "loading"}
         has = {
-            "piece": spec.prefill_piece or 256,
+            "piece": spec.prefill_piece or PIECE,
             "context": spec.context_most or spec.context,
             "layers": sum(device != "cpu" for device in self._layers()),
         }

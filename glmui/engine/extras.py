@@ -46,8 +46,8 @@ class Extras:
     def use(self, prefix: Folder, adapter: Folder) -> bool:
         """Answer with these from now on, None or "" for none; whether that is a change.
 
-        Raises ModelError where one does not fit the model, InvalidInput for a merged adapter: then nothing
-        has changed.
+        Raises ModelError where one does not fit the model, InvalidInput for a merged adapter, and whatever a
+        card raises that has no room: then nothing has changed.
         """
         wanted = _name(prefix), _name(adapter)
         if wanted == self._using:
@@ -71,10 +71,10 @@ class Extras:
         if self._merged is not None:
             raise InvalidInput("adapter_merged", folder=self._merged)
         adapter = read_adapter(Path(folder), self._model) if folder else None
-        while self._handles:
-            self._handles.pop().remove()
-        if adapter:
-            self._handles = attach(self._model, adapter)
+        attached = attach(self._model, adapter) if adapter else []  # raises where memory lacks room
+        before, self._handles = self._handles, attached
+        for handle in before:
+            handle.remove()
 
     def _read(self, folder: Path) -> Prefix:
         key = _key(check_prefix(folder, self._model.config))

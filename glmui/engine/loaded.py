@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from glmui.engine.generate import Detokeniser, Speaker, stream_reply
+from glmui.engine.generate import Decoder, Detokeniser, Speaker, stream_reply
 from glmui.engine.request import Cancellations
 from glmui.quant.fast import use_kernels
 from glmui.quant.kernels.cpu import Loaded, Numerics
@@ -17,6 +18,9 @@ from glmui.types import Chunk, EngineInfo, GenerationParams, Message
 
 # A conversation as the model's ids, and what makes a detokeniser for the reply to it.
 Ask = Callable[[Sequence[Message]], tuple[list[int], Callable[[], Detokeniser]]]
+
+
+WARM_UP = [Message("user", "你好，" * 16)]  # more ids than the kernels for few rows take at once
 
 
 class LoadedEngine:
@@ -48,6 +52,15 @@ class LoadedEngine:
         """Let go of the model. In the engine process, ending the process is what frees everything."""
         self.speaker = None
         self._info = replace(self._info, state="asleep")
+
+
+@torch.inference_mode()
+def warm_up(decoder: Decoder, ids: list[int]) -> None:
+    """Read a prompt and write two tokens, so that whatever a card's libraries do at their first use (open,
+    choose, take memory, record) is done before somebody waits for an answer. A CPU gains nothing by it."""
+    logits = decoder.prefill(ids, lambda part: None)
+    for _ in range(2):
+        logits = decoder.step(int(logits.argmax()))
 
 
 def with_kernels(

@@ -73,7 +73,7 @@ def open_prepared(
         except OSError as error:
             _log.warning("packed weights are not kept: %s", error)
             reason = "reasons.packed_not_kept"
-    model = model or load(on_progress=loading)
+    model = model or load(on_progress=loading)  # packed in memory alone
     use_kernels(model, loaded.kernels, spec.cpu_precision, spec.head_bits)
     return Prepared(model, loaded, reason)
 
@@ -86,14 +86,21 @@ class _Shelf:
         self._folder = packed.folder_for(Path(spec.packed_dir), Path(spec.folder))
         self._made_of = f"{__version__} {self._folder.name} {order_of(kernels)}"
 
-    def open(self, load: Load, form: str) -> AnyModel:
-        """The model, with layers out of the file of that form; made first where there is none."""
-        layers = self._read(form, self._loading) or self._make(form, load(on_progress=self._loading))
+    def open(self, load: Load, form: str) -> AnyModel | None:
+        """The model, with layers out of the file of that form; made first where there is none. None where
+        there is none and somebody waits: writing takes longer than everything else together."""
+        layers = self._read(form, self._loading)
+        if layers is None and self._spec.hasty:
+            return None
+        layers = layers or self._make(form, load(on_progress=self._loading))
         model = load(on_progress=_ignore, ready=layers)
         head = model.get_submodule(model.HEAD)
         if self._spec.head_bits == 8 and is_half_head(head, model.HEAD):
-            heads = self._read(_HEAD) or self._make_head(model.HEAD, head)
-            model.set_submodule(model.HEAD, heads[model.HEAD])
+            heads = self._read(_HEAD)
+            if heads is None and not self._spec.hasty:
+                heads = self._make_head(model.HEAD, head)
+            if heads is not None:
+                model.set_submodule(model.HEAD, heads[model.HEAD])
         return model
 
     def _make(self, form: str, model: AnyModel) -> dict[str, KernelLinear]:

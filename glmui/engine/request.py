@@ -22,9 +22,16 @@ class Cancellations:
         return request_id in tuple(self._ids)  # a copy: another thread may be adding
 
 
-def room(prompt_tokens: int, params: GenerationParams, context_length: int = 0) -> int:
-    """How many ids a reply may have. Raises InvalidInput("prompt_too_long") when not even one."""
+def room(prompt_tokens: int, params: GenerationParams, context_length: int = 0, memory: int = 0) -> int:
+    """How many ids a reply may have. context_length: what the model can take at all; memory: what there is
+    memory for; each 0 for no bound. Raises InvalidInput when not even one: "prompt_beyond_memory" where it
+    is memory that lacks the room, else "prompt_too_long".
+    """
     length = min(params.max_length, context_length or params.max_length)
+    if 0 < memory < length:
+        if prompt_tokens >= memory:
+            raise InvalidInput("prompt_beyond_memory", tokens=prompt_tokens, room=memory)
+        length = memory
     if prompt_tokens >= length:
         raise InvalidInput("prompt_too_long", tokens=prompt_tokens, limit=length - 1)
     return min(length - prompt_tokens, params.max_new_tokens or length)

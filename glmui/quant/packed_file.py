@@ -25,7 +25,7 @@ from torch import Tensor
 from glmui.quant.kernels.cpu.native import PANEL, Packed, packed_bytes
 
 PAGE = 4096
-_SYNC = 1 << 28  # bytes that may wait to be put on the disk, so that a slow one does not make the end last
+_SYNC = 1 << 28  # bytes: fsync every 256 MiB, so that the last one is short on a slow disk
 _MARK = b"glmui-packed-1\n\0"
 _END = struct.Struct(f"<QI{len(_MARK)}s")  # length of the table, its check sum, the mark
 

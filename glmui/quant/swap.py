@@ -21,7 +21,6 @@ def quantize(
     use_quantization_cache: bool = False,
     quantization_embeddings: bool = False,
     group_size: int | None = None,
-    on_progress: Callable[[float], None] = lambda part: None,
     wide: bool = True,
 ) -> M:
     """Quantise every nn.Linear of any torch model, one after the other, and return the model.
@@ -31,7 +30,8 @@ def quantize(
     which is nearly as fast. It means nothing on a CPU. quantization_embeddings: also the word embeddings and
     the output head, which are left alone otherwise. group_size: columns that share a scale; None is one scale
     per row, as published, and must be left None for a checkpoint others can read. wide: False rounds as
-    ChatGLM2 and 3 do; see packing.quantise. Layers that are quantised already stay as they are.
+    ChatGLM2 and 3 do; see packing.quantise. Layers that are quantised already keep their weights. A model
+    that has a method layers_changed (as ours for transformers have) is told by it.
     Raises InvalidInput for other bit widths, or a group size that does not divide a layer's width.
     """
     if weight_bit_width not in (4, 8):
@@ -41,14 +41,22 @@ def quantize(
     if quantization_embeddings:
         _quantise_embeddings(model, embeddings, heads, weight_bit_width, group_size)
     places = _places(model)
-    total = len(wanted)
     while wanted:
         linear = wanted.pop(0)  # the list must not keep a replaced layer's weight alive
-        quantised = QuantizedLinear.of(linear, weight_bit_width, group_size, wide)
-        quantised.whole = use_quantization_cache
-        _replace(places.pop(linear), quantised)
-        on_progress(1 - len(wanted) / total)
+        _replace(places.pop(linear), QuantizedLinear.of(linear, weight_bit_width, group_size, wide))
+    if use_quantization_cache:
+        widen_whole(model)
+    if tell := getattr(model, "layers_changed", None):
+        tell()
     return model
+
+
+def widen_whole(model: nn.Module) -> None:
+    """Have a card widen each quantised matrix in one go. Not an output head's: it is the largest by far, and
+    meets one row of a prompt."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear) and not _is_head(name):
+            layer.whole = True
 
 
 def _embeddings(model: nn.Module) -> list[nn.Embedding]:
@@ -66,9 +74,12 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [
         m
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear)
-        and (m is named or id(m.weight) in tables or name.rpartition(".")[2] in HEADS)
+        if isinstance(m, nn.Linear) and (m is named or id(m.weight) in tables or _is_head(name))
     ]
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in HEADS
 
 
 def _named(model: nn.Module, question: str) -> nn.Module | None:
