@@ -1,4 +1,4 @@
-"""A folder to make something in, which goes with its maker, however that ends."""
+"""A folder to make something in, which goes with its maker; what a killed one left goes with the next."""
 
 from __future__ import annotations
 

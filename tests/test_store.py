@@ -127,7 +127,9 @@ def test_the_newest_conversation_stands_first(store: Store):
         ("字" * 39 + "e\u0301e\u0301", "字" * 39),
         ("a\x00b\u202ec\td", "a b c d"),
         ("## What is `x` in **this**?\n\nx = 1", "What is x in this?"),
+        ("看**这个**吧", "看这个吧"),
         ("2 * 3 ** 4 `", "2 * 3 ** 4 `"),
+        ("2**3**4, f(**kw): g(**kw)", "2**3**4, f(**kw): g(**kw)"),
     ],
 )
 def test_titles_are_made_of_whole_words_of_the_first_line(store: Store, text: str, title: str):

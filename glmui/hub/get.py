@@ -28,7 +28,7 @@ from glmui.hub.trash import Removed, remove, removed, restore
 from glmui.settings import Settings
 from glmui.text.model_files import read_json
 from glmui.types import Progress
-from glmui.workshop import workshop
+from glmui.workshop import sweep, workshop
 
 __all__ = [
     "Quantize",
@@ -178,10 +178,11 @@ def _workshop(folder: Path, source: Path, quantize: Quantize) -> Iterator[Path]:
     models = folder.parent
     try:
         models.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep(models, _SHOP)
+        need = int(installed.folder_size(source) * _SHARE[quantize]) + _SPARE
+        if (free := shutil.disk_usage(models).free) < need:
+            raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
         with workshop(models, _SHOP) as shop:
-            need = int(installed.folder_size(source) * _SHARE[quantize]) + _SPARE
-            if (free := shutil.disk_usage(models).free) < need:
-                raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
             yield shop
     except OSError as error:
         raise FetchError("import_unwritable", folder=models, detail=error.strerror or error) from error

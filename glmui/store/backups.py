@@ -16,6 +16,7 @@ from glmui.errors import StoreError
 from glmui.store import records
 from glmui.store.database import Database, connect, primary_code, told
 from glmui.store.migrations import MIGRATIONS, version
+from glmui.workshop import workshop
 
 KEPT = 7
 _DAY = 24 * 3600.0
@@ -49,14 +50,13 @@ class Backups:
         Writers go on meanwhile. `stop` ends it early.
         """
         with told(self.file.parent):
-            draft = blank(self.folder / "new.db")
-            try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with workshop(self.folder, "making-") as shop:
+                draft = blank(shop / "new.db")
                 _copy_pages(self.file, draft, stop)
                 if problem := examine(draft, at_rest=True):
                     raise StoreError("database_damaged", folder=self.file.parent, detail=problem)
                 return self._keep(draft)
-            finally:
-                draft.unlink(missing_ok=True)
 
     def newest_good(self) -> Path | None:
         return next((b for b in self.newest_first() if not examine(b, at_rest=True)), None)

@@ -175,8 +175,8 @@ def one_line(text: str) -> str:
     return _CONTROLS.sub(" ", text).strip()
 
 
-# Markdown's headings, quotes, bold and code
-_MARKUP = re.compile(r"^(?:#{1,6}|>) +|(\*\*|`)(?=\S)([^*`]+)(?<=\S)\1")
+# Markdown's headings, quotes, bold and code; not what looks like bold in code, as in 2**3**4 or f(**kw)
+_MARKUP = re.compile(r"^(?:#{1,6}|>) +|(?<![0-9A-Za-z_])(\*\*|`)(?=\S)([^*`]+)(?<=[^\s(])\1(?![0-9A-Za-z_])")
 
 
 def title_from(text: str) -> str:
