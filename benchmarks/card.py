@@ -36,10 +36,10 @@ from glmui.engine.card_step import record  # noqa: E402
 from glmui.engine.client import EngineClient  # noqa: E402
 from glmui.engine.families import open_family  # noqa: E402
 from glmui.errors import EngineError  # noqa: E402
-from glmui.memory.plan import GIB  # noqa: E402
+from glmui.memory.plan_request import GIB  # noqa: E402
 from glmui.quant.kernels import cuda  # noqa: E402
 from glmui.quant.kernels.cuda import CardKernels  # noqa: E402
-from glmui.quant.packing import dequantise, quantise  # noqa: E402
+from glmui.quant.packing import dequantize_weight, quantize_weight  # noqa: E402
 from glmui.text import open_counter  # noqa: E402
 from glmui.tools.measuring import take  # noqa: E402
 from glmui.types import EngineSpec, GenerationParams, Message  # noqa: E402
@@ -70,11 +70,11 @@ def kernels(folder: Path) -> Iterator[dict[str, Any]]:
 def shaped(kernels: CardKernels, bits: int, rows: int, columns: int) -> Iterator[dict[str, Any]]:
     """One shape. Its weights lie there so often that none is in the L2 cache when its turn comes."""
     random = torch.randn(rows, columns, device=DEVICE, dtype=torch.float16).div_(50)
-    weight, scale = quantise(random, bits)
+    weight, scale = quantize_weight(random, bits)
     del random
     nbytes = weight.numel() + 2 * rows
     weights = [weight, *(weight.clone() for _ in range(COLD // nbytes))]
-    dense = dequantise(weight, scale, bits, columns, torch.float16)
+    dense = dequantize_weight(weight, scale, bits, columns, torch.float16)
     shape = {"bits": bits, "rows": rows, "columns": columns}
     for count in (1, 2, 4, 8):
         x = torch.randn(count, columns, device=DEVICE).half()

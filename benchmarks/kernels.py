@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glmui.engine.device import count_physical_cores
 from glmui.quant.kernels.cpu import Kernels, Numerics, Packed, load
-from glmui.quant.packing import dequantise
+from glmui.quant.packing import dequantize_weight
 
 SHAPES = (
     (12288, 4096),
@@ -102,10 +102,12 @@ def ways(kernels: Kernels, layers: int) -> list[Way]:
 
     def published(rows: int) -> None:
         for w, s, (_, columns) in zip(stored, scales, SHAPES, strict=True):
-            torch.nn.functional.linear(inputs[rows, columns], dequantise(w, s, 4, columns, torch.float32))
+            torch.nn.functional.linear(
+                inputs[rows, columns], dequantize_weight(w, s, 4, columns, torch.float32)
+            )
 
     wide = [
-        dequantise(w, s, 4, shape[1], torch.float32)
+        dequantize_weight(w, s, 4, shape[1], torch.float32)
         for w, s, shape in zip(stored, scales, SHAPES, strict=True)
     ]
 
@@ -156,7 +158,7 @@ def errors(kernels: Kernels, packed_of: Callable[[Tensor, Tensor, int], Packed])
     for rows, columns in SHAPES:
         stored = torch.randint(-128, 128, (rows // 8, columns // 2), dtype=torch.int8)
         scale = torch.rand(len(stored)) * 0.01
-        matrix = dequantise(stored, scale, 4, columns, torch.float64)
+        matrix = dequantize_weight(stored, scale, 4, columns, torch.float64)
         packed = packed_of(stored, scale, columns)
         for x in (torch.randn(1, columns), torch.randn(8, columns)):
             wanted = x.double() @ matrix.T

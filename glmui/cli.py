@@ -184,13 +184,13 @@ def quantize(options: argparse.Namespace, language: str) -> int:
     """A float16 ChatGLM folder, made smaller."""
     from glmui.errors import InvalidInput
     from glmui.hub import installed
-    from glmui.quantising.job import Job
+    from glmui.quantizing.job import QuantizeJob
     from glmui.tools.quantize import run
 
     loaded = _load(options)
     if options.bits is not None and options.target_gb is not None:
         raise InvalidInput("quantize_bits_or_target")
-    job = Job(
+    job = QuantizeJob(
         source=str(installed.resolve(options.SRC, loaded.data_dir)),
         target=os.path.abspath(os.path.expanduser(options.DST)),
         bits=4 if options.bits is None else options.bits,

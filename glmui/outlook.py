@@ -15,7 +15,7 @@ from glmui.engine.model_folder import describe
 from glmui.errors import GlmuiError, InvalidInput, ModelError
 from glmui.memory.forecast import Forecast, forecast, foreseen
 from glmui.memory.model_size import CPU
-from glmui.memory.plan import longest
+from glmui.memory.spread import longest
 from glmui.meter import Meter
 from glmui.prompts import SHORTEST_REPLY, Limits, Prompt
 from glmui.types import ChatEngine, ChatSettings, EngineSpec, Message, TokenCounter

@@ -16,6 +16,8 @@ if os.environ.get("CI"):
 
 # As in the engine process: two OpenMP threads that wait by spinning crawl once anything else wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: their threads would only wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.chatglm2_fixture import published_chatglm2, tiny_chatglm2  # noqa: E402
 from tests.chatglm_fixture import published_chatglm, tiny_chatglm  # noqa: E402

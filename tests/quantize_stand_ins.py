@@ -7,11 +7,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from glmui.engine.wire import Wire
-from glmui.quantising.job import Job
-from glmui.quantising.new_folder import new_folder
+from glmui.quantizing.job import QuantizeJob
+from glmui.quantizing.new_folder import new_folder
 
 
-def halfway(connection: Connection, job: Job) -> None:
+def halfway(connection: Connection, job: QuantizeJob) -> None:
     """Half of a result is there, and it never ends."""
     with new_folder(Path(job.target), 0) as made:
         (made / "model.safetensors").write_bytes(b"half")
@@ -19,5 +19,5 @@ def halfway(connection: Connection, job: Job) -> None:
         connection.recv_bytes()
 
 
-def dying(connection: Connection, job: Job) -> None:
+def dying(connection: Connection, job: QuantizeJob) -> None:
     os._exit(9)

@@ -21,7 +21,7 @@ from glmui.glm.adapter import attach, read_adapter
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.quant import QuantizedLinear
 from glmui.quant.fast import KernelLinear
-from glmui.quant.packing import dequantise
+from glmui.quant.packing import dequantize_weight
 from tests.chatglm2_fixture import Folder
 
 MODELS = [(family, kind) for family in ("chatglm", "chatglm2", "chatglm3") for kind in ("fp16", "int4")]
@@ -97,7 +97,7 @@ def changed(model: AnyModel, tensors: dict[str, Tensor], scale: float) -> AnyMod
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            weight = dequantise(
+            weight = dequantize_weight(
                 layer.weight, layer.weight_scale, layer.weight_bit_width, layer.in_features, torch.float32
             )
             plain.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -223,7 +223,7 @@ def test_merged_before_quantising(where: Where, tmp_path: Path, family: str) -> 
 
 def test_merging_is_exact(where: Where, tmp_path: Path) -> None:
     """In float32, then rounded to the file's float16, then quantised: the bytes of just that."""
-    from glmui.quant.packing import quantise
+    from glmui.quant.packing import quantize_weight
 
     folder, layer = where("chatglm2", "fp16"), "transformer.encoder.layers.1.mlp.dense_h_to_4h"
     half = load_model(folder, everything_on("cpu", None))
@@ -234,7 +234,7 @@ def test_merging_is_exact(where: Where, tmp_path: Path) -> None:
         tensors[f"base_model.model.{layer}.lora_A.weight"],
         tensors[f"base_model.model.{layer}.lora_B.weight"],
     )
-    stored, _ = quantise((base.weight.float() + 8 * b @ a).half(), 4, wide=False)
+    stored, _ = quantize_weight((base.weight.float() + 8 * b @ a).half(), 4, wide=False)
     merged = lm.model.get_submodule(layer)
     if isinstance(merged, QuantizedLinear):  # no kernels here, which keep another order
         assert torch.equal(merged.weight, stored)

@@ -38,7 +38,7 @@ FLOORS = {
     "glmui.memory.trouble": 1,  # needs nothing, and kernels need it
     "glmui.engine": 3,
     "glmui.bench": 3,
-    "glmui.quantising": 3,
+    "glmui.quantizing": 3,
     "glmui.hub": 3,
     "glmui.answering": 4,
     "glmui.chat": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from transformers import (
 )
 
 from glmui import quantize, register_auto_classes
-from glmui.engine import auto_classes, cards
+from glmui.engine import auto_loading, auto_models, cards
 from glmui.engine.card_step import CardStep
+from glmui.engine.placement import placement
 from glmui.errors import ModelError
 from glmui.quant import QuantizedLinear
 from glmui.quant.kernels.cuda import BlockKernels, CardKernels, Loaded
 from glmui.quant.on_card import CardLinear
+from glmui.quantizing.folder import quantize_folder
 from tests.chatglm_fixture import KINDS, copy_checkpoint, goldens
 from tests.emulated_card import EmulatedModule
 from tests.reference import reference
@@ -39,7 +42,7 @@ def _registered() -> None:
     register_auto_classes()  # a second time is no error
 
 
-def quantised_layers(model: Any) -> int:
+def quantized_layers(model: Any) -> int:
     return sum(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
@@ -98,7 +101,7 @@ def test_tokenizer_s_own_ways(tiny_chatglm: Folder, tmp_path: Path) -> None:
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
 def test_every_auto_class_opens_it(tiny_chatglm: Folder, auto: Any) -> None:
     model = auto.from_pretrained(tiny_chatglm("int4"))
-    assert quantised_layers(model) == 16
+    assert quantized_layers(model) == 16
     assert not model.training
 
 
@@ -126,12 +129,12 @@ def test_quantize_method_and_loading_flags(tiny_chatglm: Folder) -> None:
     ids = torch.tensor([goldens()["models"]["int4"]["prompts"][0]["input_ids"]])
     published = AutoModel.from_pretrained(tiny_chatglm("int4")).float()(ids).logits
     quantised = AutoModel.from_pretrained(tiny_chatglm("fp16")).quantize(4).float()
-    assert quantised_layers(quantised) == 16
+    assert quantized_layers(quantised) == 16
     assert torch.allclose(quantised(ids).logits, published, atol=0.1)  # norms of float32, not of float16
     flagged = AutoModel.from_pretrained(tiny_chatglm("fp16"), load_in_4bit=True, use_quantization_cache=True)
-    assert quantised_layers(flagged) == 16
+    assert quantized_layers(flagged) == 16
     both = quantize(AutoModel.from_pretrained(tiny_chatglm("fp16")).float(), 8, quantization_embeddings=True)
-    assert quantised_layers(both) == 17
+    assert quantized_layers(both) == 17
     assert both(ids).logits.isfinite().all()
 
 
@@ -191,7 +194,7 @@ def test_a_fresh_model_from_its_config(tiny_chatglm: Folder) -> None:
     config = AutoConfig.from_pretrained(tiny_chatglm("int4"))
     config.vocab_size = 130528
     model = AutoModel.from_config(config)
-    assert quantised_layers(model) == 16
+    assert quantized_layers(model) == 16
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
 
 
@@ -205,7 +208,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     there = cards.Cards({device: loaded})
     monkeypatch.setattr(
-        auto_classes,
+        auto_models,
         "cards_of",
         lambda glm: (
             {"cuda:0"}
@@ -265,6 +268,38 @@ def test_the_quantisation_cache_sizes_the_scratch(
     floats = AutoModel.from_pretrained(tiny_chatglm("fp16")).half()
     assert card_layers(floats) == []
     assert scratch_of(quantize(floats, 4, True, quantization_embeddings=True)) == largest  # not the head's
+
+
+@pytest.mark.usefixtures("card")
+def test_a_copy_is_a_model_of_its_own(tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncopied(self: EmulatedModule, protocol: object) -> Any:
+        raise TypeError("a card's kernels cannot be copied")
+
+    monkeypatch.setattr(EmulatedModule, "__reduce_ex__", uncopied)
+    model = AutoModel.from_pretrained(tiny_chatglm("int4")).half()
+    ids = torch.tensor([goldens()["models"]["int4"]["prompts"][0]["input_ids"]])
+    with torch.inference_mode():
+        wanted, copied = model(ids).logits, deepcopy(model)
+        assert torch.equal(copied(ids).logits, wanted)
+        assert isinstance(copied._decoder()._step, CardStep)
+        assert copied._glm().transformer is copied.transformer
+        for part in copied.transformer.parameters():
+            part.zero_()
+        assert torch.equal(model(ids).logits, wanted)
+
+
+def test_the_folder_s_own_form_is_planned_for(
+    tiny_chatglm: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, planned = tmp_path / "made", []
+    quantize_folder(tiny_chatglm("fp16"), made, 4, group_size=16)
+    monkeypatch.setattr(
+        auto_loading, "placement", lambda *how: planned.append(placement(*how)) or planned[-1]
+    )
+    for folder in (tiny_chatglm("int4"), made):
+        AutoModel.from_pretrained(folder, device_map="cpu")
+    usual, grouped = (found.plan.ram for found in planned)
+    assert grouped > usual  # its groups of columns have scales of their own
 
 
 def scratch_of(model: Any) -> int:

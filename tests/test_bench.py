@@ -21,7 +21,7 @@ from glmui.bench.probe import ReadProbe
 from glmui.engine.families import open_family
 from glmui.engine.placement import cache_dtype
 from glmui.errors import EngineError, FetchError
-from glmui.quantising.tensor_header import bytes_of
+from glmui.quantizing.tensor_header import bytes_of
 from glmui.tools.bench_results import Results, of_limit, table
 from glmui.types import EngineInfo, EngineSpec
 from tests.tiny_llama import make_tiny_llama

@@ -24,7 +24,8 @@ from glmui.engine.decoders import GLMDecoder, Held, decoder_of
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.memory.model_size import ModelSize
-from glmui.memory.plan import Machine, PlanRequest, plan
+from glmui.memory.plan import plan
+from glmui.memory.plan_request import Machine, PlanRequest
 from glmui.quant import QuantizedLinear
 from glmui.quant.kernels import cuda
 from glmui.quant.on_card import CardLinear, use_card_kernels

@@ -112,9 +112,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocate, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", fake.workspaces.clear, raising=False)
-    card_step._beside.cache_clear()
+    card_step._recording_stream.cache_clear()
     yield fake
-    card_step._beside.cache_clear()
+    card_step._recording_stream.cache_clear()
 
 
 DEVICE = torch.device("cuda:1")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from glmui.engine import device as devices
 from glmui.engine.causal_lm import CausalDecoder, open_causal_lm, piece_length
 from glmui.engine.generate import Cancelled
 from glmui.engine.loaded import LoadedEngine
+from glmui.engine.precision import Precision
 from glmui.errors import InvalidInput, ModelError
 from glmui.quant import QuantizedLinear
 from glmui.text.chat_template import ChatTokenizer
@@ -224,8 +224,8 @@ def test_pieces_are_smaller_where_the_model_is_large() -> None:
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    where = devices.Placement("cpu:0", "float32", "reasons.card_float16")
-    monkeypatch.setattr(devices, "place", lambda *_: where)
+    where = Precision("cpu:0", "float32", "reasons.card_float16")
+    monkeypatch.setattr("glmui.engine.causal_lm.precision_of", lambda *_: where)
 
 
 def test_a_card_is_warm_before_anybody_asks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

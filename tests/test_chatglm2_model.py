@@ -18,7 +18,7 @@ from glmui.glm.checkpoint import everything_on, load_model, read_folder
 from glmui.glm.config import GLM2Config
 from glmui.glm.rotary import pair_table, rotate_pairs
 from glmui.quant import QuantizedLinear
-from glmui.quant.packing import quantise
+from glmui.quant.packing import quantize_weight
 from tests.chatglm2_fixture import DATA, FAMILIES, KINDS, Folder, goldens
 
 TOLERANCE = 1e-4
@@ -171,7 +171,7 @@ def test_published_bytes(tiny_chatglm2: Folder) -> None:
     names = [name.removesuffix("_scale") for name in packed if name.endswith("_scale")]
     assert len(names) == 12
     for name in names:
-        stored, scale = quantise(whole[name], 4, wide=False)
+        stored, scale = quantize_weight(whole[name], 4, wide=False)
         assert torch.equal(stored, packed[name])
         assert torch.equal(scale, packed[f"{name}_scale"])
     loaded = load_model(tiny_chatglm2("chatglm2", "fp16"), bits=4)

@@ -21,7 +21,7 @@ from glmui.errors import ModelError
 from glmui.glm.checkpoint import everything_on, is_finite, load_model, published_name, read_folder
 from glmui.glm.files import look_at
 from glmui.quant import QuantizedEmbedding, QuantizedLinear
-from glmui.quant.packing import quantise
+from glmui.quant.packing import quantize_weight
 from tests.chatglm_fixture import EMBEDDING as TABLE
 from tests.chatglm_fixture import KINDS, copy_checkpoint, tensors
 
@@ -104,7 +104,7 @@ def test_unknown_config_keys_are_ignored(tiny_chatglm: Folder, copied: Folder) -
 
 def test_a_quantised_embedding_is_the_head_too(copied: Folder) -> None:
     """As the release int4-qe has it, with or without lm_head in the file."""
-    stored, scale = quantise(tensors("int4")[TABLE], 4)
+    stored, scale = quantize_weight(tensors("int4")[TABLE], 4)
     extra = {
         TABLE: stored,
         f"{TABLE}_scale": scale,

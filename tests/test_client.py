@@ -434,6 +434,7 @@ def test_unloading_between_two_attempts_ends_the_reply(patient: EngineClient) ->
     assert patient.info().pid is None
 
 
+@pytest.mark.slow
 def test_twenty_times_in_a_row(patient: EngineClient) -> None:
     for n in range(20):
         seen: list[Chunk] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glmui.glm.cache import KVCache, Prefix, Room, from_int8, in_int8
 from glmui.glm.rotary import rotate, rotate_pairs
-from glmui.quant.kernels.cuda.block import BlockKernels, Scratch, Turns, splits_of
+from glmui.quant.kernels.cuda.block import AttentionScratch, BlockKernels, Turns, splits_of
 from tests.emulated_card import EmulatedModule
 
 ROUNDED = {
@@ -89,7 +89,7 @@ class World:
 
     def __init__(
         self, heads: int, groups: int, size: int, tokens: int, dtype: torch.dtype, *, int8: bool = False,
-        front: int = 0, spare: int = 5, beside: bool = False,
+        front: int = 0, spare: int = 5, side_by_side: bool = False,
     ) -> None:  # fmt: skip
         random = torch.Generator().manual_seed(heads * 1000 + tokens)
         prefix = Prefix(torch.randn(2, groups, front, size, generator=random)) if front else None
@@ -99,9 +99,9 @@ class World:
         self.cache.write(0, 0, *before)
         width = (heads + 2 * groups) * size
         self.row = (2 * torch.randn(1, 1, width, generator=random)).to(dtype)
-        angles = 6 * torch.rand(tokens + spare, size // 2 if beside else size // 4, generator=random)
+        angles = 6 * torch.rand(tokens + spare, size // 2 if side_by_side else size // 4, generator=random)
         place = torch.tensor([tokens - 1], dtype=torch.int32)
-        self.turns = Turns(angles.cos().to(dtype), angles.sin().to(dtype), place, beside)
+        self.turns = Turns(angles.cos().to(dtype), angles.sin().to(dtype), place, side_by_side)
         self.heads, self.groups, self.size, self.tokens, self.front = heads, groups, size, tokens, front
 
     @property
@@ -112,7 +112,7 @@ class World:
         """[heads, d], [groups, d] twice, turned, in float64."""
         wide = self.row.double().flatten()
         cos, sin = (t[self.tokens - 1].double() for t in (self.turns.cosine, self.turns.sine))
-        if self.turns.beside:
+        if self.turns.side_by_side:
             q, k, v = wide.view(1, 1, self.heads, 3, self.size).unbind(3)
             table = cos.view(1, 1, 1, 2, -1), sin.view(1, 1, 1, 2, -1)
             return rotate(q, table)[0, 0], rotate(k, table)[0, 0], v[0, 0]
@@ -134,7 +134,7 @@ class World:
         scores = torch.einsum("hd,htd->ht", queries, keys) / math.sqrt(self.size)
         return torch.einsum("ht,htd->hd", scores.softmax(-1), values).flatten()
 
-    def attend(self, block: BlockKernels, processors: int, scratch: Scratch | None = None) -> Tensor:
+    def attend(self, block: BlockKernels, processors: int, scratch: AttentionScratch | None = None) -> Tensor:
         scratch = scratch or block.scratch(self.heads, self.room, processors)
         return block.attend(self.row, self.turns, self.room, self.front, scratch)
 
@@ -146,7 +146,7 @@ REAL6B, REAL2 = (2, 2, 128), (8, 2, 128)  # of heads as large as in all publishe
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "beside"),
+    ("shape", "side_by_side"),
     [(GLM6B, True), (GLM2, False), (ODD, False), (REAL6B, True), (REAL2, False)],
 )
 @pytest.mark.parametrize("tokens", [1, 67, 300])
@@ -155,21 +155,21 @@ def test_attention_finds_what_float64_finds(
     dtype: torch.dtype,
     int8: bool,
     shape: tuple[int, int, int],
-    beside: bool,
+    side_by_side: bool,
     tokens: int,
 ) -> None:
-    world = World(*shape, tokens, dtype, int8=int8, beside=beside)
+    world = World(*shape, tokens, dtype, int8=int8, side_by_side=side_by_side)
     got = world.attend(block, processors=4)
     assert got.shape == (1, 1, shape[0] * shape[2])
     assert error(got.flatten(), world.wanted()) < ROUNDED[dtype]
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("side_by_side", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_keeps_the_new_key_turned_and_the_value(
-    block: BlockKernels, beside: bool, dtype: torch.dtype
+    block: BlockKernels, side_by_side: bool, dtype: torch.dtype
 ) -> None:
-    world = World(*(GLM6B if beside else GLM2), 70, dtype, beside=beside, front=3)
+    world = World(*(GLM6B if side_by_side else GLM2), 70, dtype, side_by_side=side_by_side, front=3)
     before = world.room.changed(torch.clone)
     world.attend(block, processors=1)
     _, key, value = world.query_key_value()
@@ -213,7 +213,7 @@ def test_a_prefix_is_looked_at_too(block: BlockKernels) -> None:
 
 
 def test_scores_far_apart_stay_numbers(block: BlockKernels) -> None:
-    world = World(*GLM6B, 200, torch.float16, beside=True)
+    world = World(*GLM6B, 200, torch.float16, side_by_side=True)
     world.row *= 60  # scores beyond what exp could take
     world.room.keys[0, :, 40] *= 50
     assert error(world.attend(block, 8).flatten(), world.wanted()) < 2e-3
@@ -229,11 +229,11 @@ def test_splits_fill_a_card(tiles: int, tokens: int, processors: int, wanted: in
 
 def test_what_kernels_cannot_take_is_refused(block: BlockKernels) -> None:
     x, weight = torch.zeros(1, 16, dtype=torch.float16), torch.ones(16, dtype=torch.float16)
-    world = World(*GLM6B, 5, torch.float16, beside=True)
+    world = World(*GLM6B, 5, torch.float16, side_by_side=True)
     scratch = block.scratch(2, world.room, 1)
     row, turns, room = world.row, world.turns, world.room
-    wide = Turns(turns.cosine.float(), turns.sine, turns.place, beside=True)
-    elsewhere = Turns(turns.cosine, turns.sine, turns.place.long(), beside=True)
+    wide = Turns(turns.cosine.float(), turns.sine, turns.place, side_by_side=True)
+    elsewhere = Turns(turns.cosine, turns.sine, turns.place.long(), side_by_side=True)
     two = Room(*(x.expand(2, -1, -1, -1) for x in (room.keys, room.values)), None, None, room.dtype)
     for refused in (
         lambda: block.layer_norm(x.float(), weight, weight, 1e-5),
@@ -248,7 +248,7 @@ def test_what_kernels_cannot_take_is_refused(block: BlockKernels) -> None:
         lambda: block.attend(row, elsewhere, room, 0, scratch),
         lambda: block.attend(row, turns, two, 0, scratch),
         lambda: block.attend(row.bfloat16(), turns, room, 0, scratch),
-        lambda: block.attend(row, turns, room, 0, Scratch(scratch.parts[:1], scratch.tickets)),
+        lambda: block.attend(row, turns, room, 0, AttentionScratch(scratch.parts[:1], scratch.tickets)),
     ):
         with pytest.raises(ValueError, match=r"wanted|no |cannot"):
             refused()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glmui.quant.kernels.cuda.native import MOST_ROWS, CardKernels, Launch, Shape
-from glmui.quant.packing import dequantise, pack
+from glmui.quant.packing import dequantize_weight, pack_int4
 from tests.emulated_card import SOURCES, EmulatedModule, FencedModule
 
 # Relative to the norm: what rounding the results may cost at most (2^-11 and 2^-8), and a little.
@@ -48,10 +48,10 @@ class Layer:
         q = torch.randint(-limit, limit, (rows, columns), generator=self._random, dtype=torch.int8)
         scale = torch.rand(rows, columns // (group_size or columns), generator=self._random) + 0.1
         scale = (scale / limit).half()
-        self.weight = pack(q) if bits == 4 else q
+        self.weight = pack_int4(q) if bits == 4 else q
         self.scale = scale if group_size else scale[:, 0].contiguous()
         self.bias = self.x(rows)
-        self.matrix = dequantise(self.weight, scale, bits, columns, torch.float64)
+        self.matrix = dequantize_weight(self.weight, scale, bits, columns, torch.float64)
 
     def x(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._random).to(self.dtype)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from glmui.engine.device import count_physical_cores, place, resolve_device
+from glmui.engine.device import count_physical_cores, resolve_device
 from glmui.engine.families import family_of
 from glmui.engine.model_folder import describe
+from glmui.engine.precision import precision_of
 from glmui.errors import GlmuiError, InvalidInput, ModelError, NotFound
 from glmui.hub import installed
 from tests.tiny_llama import make_tiny_llama, write_json
@@ -163,15 +164,15 @@ def test_precision_is_that_of_the_very_card(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("glmui.engine.device.available_devices", lambda: ["cuda:0", "cuda:1", "cpu"])
     monkeypatch.setattr("torch.cuda.device", on)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda emulated: current[-1] == "cuda:1")
-    assert place("cuda:1", "bfloat16", 1).dtype == "bfloat16"
-    assert place("cuda", "bfloat16", 1).dtype == "float16"
-    assert place("cuda:1", "float16", 1).dtype == "float16"
+    assert precision_of("cuda:1", "bfloat16", 1).dtype == "bfloat16"
+    assert precision_of("cuda", "bfloat16", 1).dtype == "float16"
+    assert precision_of("cuda:1", "float16", 1).dtype == "float16"
 
 
 def test_precision_on_a_cpu() -> None:
-    assert place("cpu", "float32", 10_000).dtype == "float32"
-    assert place("cpu", "bfloat16", 300_000_000).dtype == "float32"
-    too_much = place("cpu", "bfloat16", 10**15)
+    assert precision_of("cpu", "float32", 10_000).dtype == "float32"
+    assert precision_of("cpu", "bfloat16", 300_000_000).dtype == "float32"
+    too_much = precision_of("cpu", "bfloat16", 10**15)
     assert (too_much.dtype, too_much.reason) == ("bfloat16", "reasons.cpu_bfloat16_memory")
 
 

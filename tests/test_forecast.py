@@ -16,7 +16,8 @@ from glmui.errors import InvalidInput, ModelError
 from glmui.memory import forecast as module
 from glmui.memory.forecast import explain, forecast, machine_of
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import GIB, Machine, PlanRequest, plan
+from glmui.memory.plan import plan
+from glmui.memory.plan_request import GIB, Machine, PlanRequest
 from glmui.memory.published import SHAPES
 from glmui.meter import Card, Reading
 from glmui.types import EngineSpec

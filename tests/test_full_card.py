@@ -16,7 +16,7 @@ from glmui.engine import worker
 from glmui.engine.client import EngineClient
 from glmui.engine.families import open_family
 from glmui.engine.placement import placement
-from glmui.memory.plan import GIB
+from glmui.memory.plan_request import GIB
 from glmui.memory.published import SHAPES
 from glmui.types import EngineSpec, GenerationParams, Message
 

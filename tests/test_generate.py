@@ -50,8 +50,12 @@ def decode(ids: Sequence[int]) -> str:
     return bytes(i for i in ids if i != STOP).decode("utf-8", errors="replace")
 
 
+def text() -> StreamingDetokeniser:
+    return StreamingDetokeniser(decode)
+
+
 def speaker(parrot: Parrot, **values: object) -> Speaker:
-    return Speaker(parrot, lambda: StreamingDetokeniser(decode), {STOP}, **values)  # type: ignore[arg-type]
+    return Speaker(parrot, {STOP}, **values)  # type: ignore[arg-type]
 
 
 def say(
@@ -61,7 +65,7 @@ def say(
     cancelled: Callable[[], bool] = lambda: False,
     **values: object,
 ) -> tuple[str, Chunk]:
-    chunks = list(stream_reply(speaker(parrot, **values), [1] * prompt, params, cancelled))
+    chunks = list(stream_reply(speaker(parrot, **values), [1] * prompt, text(), params, cancelled))
     assert all(chunk.finish_reason is None for chunk in chunks[:-1])
     return "".join(chunk.text for chunk in chunks), chunks[-1]
 
@@ -77,7 +81,7 @@ def test_a_reply_to_its_stop() -> None:
 
 
 def test_never_half_a_character() -> None:
-    chunks = list(stream_reply(speaker(Parrot("语😀")), [1], GREEDY, lambda: False))
+    chunks = list(stream_reply(speaker(Parrot("语😀")), [1], text(), GREEDY, lambda: False))
     assert [chunk.text for chunk in chunks if chunk.text] == ["语", "😀"]
 
 
@@ -125,7 +129,7 @@ def test_stop_in_the_prefill_ends_it_at_the_next_piece() -> None:
 
 def test_stop_in_decode_costs_no_further_step() -> None:
     parrot, stopped = Parrot("x", stops=False), False
-    stream = stream_reply(speaker(parrot), [1], GREEDY, lambda: stopped)
+    stream = stream_reply(speaker(parrot), [1], text(), GREEDY, lambda: stopped)
     for _ in range(5):
         next(stream)
     stopped = True

@@ -23,7 +23,7 @@ from glmui.errors import FetchError, ModelError
 from glmui.glm.checkpoint import published_name
 from glmui.hub import expected, importer, manifest
 from glmui.hub.catalogue import Licence, Offer, RemoteFile
-from glmui.hub.importer import Job, Quantize
+from glmui.hub.importer import ImportJob, Quantize
 from glmui.hub.importing import import_model
 from glmui.types import Progress, Stage
 from tests.chatglm_fixture import EMBEDDING, copy_checkpoint, tensors
@@ -84,7 +84,7 @@ def published(kind: str) -> dict[str, torch.Tensor]:
 
 
 def import_unbound(source: Path, made: Path, quantize: Quantize = "none", **stated: Any) -> None:
-    importer.import_here(quiet, Job(source, made, quantize, **stated))
+    importer.import_here(quiet, ImportJob(source, made, quantize, **stated))
 
 
 def assert_same(made: Path, wanted: dict[str, torch.Tensor]) -> None:
@@ -307,11 +307,11 @@ def test_a_transformers_model(unbound: None, tmp_path: Path, tied: bool) -> None
     made = made_of(source, tmp_path)
     assert load_file(made / "model.safetensors").keys() == weights.keys()
     with pytest.raises(ModelError) as caught:
-        importer.import_here(quiet, Job(source, tmp_path / "shop" / "again", "int4"))
+        importer.import_here(quiet, ImportJob(source, tmp_path / "shop" / "again", "int4"))
     assert caught.value.code == "import_not_quantisable"
     save_file({**weights, "evil": torch.zeros(2)}, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError) as caught:
-        importer.import_here(quiet, Job(source, tmp_path / "shop" / "third", "none"))
+        importer.import_here(quiet, ImportJob(source, tmp_path / "shop" / "third", "none"))
     assert caught.value.code == "model_tensors"
 
 
@@ -326,7 +326,7 @@ def test_the_manifests_hash_is_the_files(source: Path, unbound: None, tmp_path: 
 def test_progress_is_told_in_bytes(source: Path, unbound: None, tmp_path: Path) -> None:
     told: list[Progress] = []
     (tmp_path / "shop").mkdir()
-    job = Job(source, tmp_path / "shop" / "made", "none")
+    job = ImportJob(source, tmp_path / "shop" / "made", "none")
 
     def tell(stage: Stage, done: int, total: int, what: str) -> None:
         told.append(Progress(stage, done / total))

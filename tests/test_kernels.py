@@ -23,7 +23,7 @@ from glmui.quant.kernels.cpu import Kernels, Loaded, Packed, fits, load
 from glmui.quant.kernels.cpu.build import Compiler, compilers
 from glmui.quant.kernels.cpu.check import TOLERANCE, error
 from glmui.quant.kernels.cpu.native import Library
-from glmui.quant.packing import dequantise, pack
+from glmui.quant.packing import dequantize_weight, pack_int4
 
 SOURCES = Path(__file__).parent.parent / "glmui" / "quant" / "kernels" / "cpu"
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 130)
@@ -69,10 +69,10 @@ class Layer:
         q = torch.randint(-limit, limit, (rows, columns), generator=random, dtype=torch.int8)
         scale = torch.rand(rows, columns // (group_size or columns), generator=random) + 0.1
         self.bits, self.columns = bits, columns
-        self.stored = pack(q) if bits == 4 else q
+        self.stored = pack_int4(q) if bits == 4 else q
         self.scale = scale if group_size else scale[:, 0]
         self.bias = torch.randn(rows, generator=random)
-        self.matrix = dequantise(self.stored, scale, bits, columns, torch.float64)
+        self.matrix = dequantize_weight(self.stored, scale, bits, columns, torch.float64)
 
     def packed(self, kernels: Kernels) -> Packed:
         return kernels.pack(self.stored, self.scale, self.bits, self.columns)
@@ -137,7 +137,7 @@ def test_the_lowest_weights_count_in_full(targets: list[Kernels]) -> None:
     for kernels in targets:
         for bits, lowest in ((4, -8), (8, -128)):
             q = torch.full((33, 300), lowest, dtype=torch.int8)
-            packed = kernels.pack(pack(q) if bits == 4 else q, torch.ones(33), bits, 300)
+            packed = kernels.pack(pack_int4(q) if bits == 4 else q, torch.ones(33), bits, 300)
             for numerics in TOLERANCE:
                 for sign in (1, -1):
                     got = kernels.linear(torch.full((3, 300), float(sign)), packed, None, numerics)

@@ -9,7 +9,7 @@ import pytest
 
 from glmui import i18n, notes
 from glmui.errors import EngineError, from_values, to_values
-from glmui.memory.ladder import Kind, Ladder, Stage, Trouble, at_foot, lower
+from glmui.memory.ladder import Kind, Ladder, Phase, Trouble, at_foot, lower
 from glmui.types import EngineInfo, EngineSpec
 
 CARD = EngineSpec("m", "folder", device="cuda:0")
@@ -134,7 +134,7 @@ LOADING = EngineInfo(family="chatglm")  # all that is known before a model is lo
     ],
 )
 def test_the_next_rung(
-    spec: EngineSpec, info: EngineInfo, stage: Stage, device: str, kind: Kind, changed: dict[str, object]
+    spec: EngineSpec, info: EngineInfo, stage: Phase, device: str, kind: Kind, changed: dict[str, object]
 ) -> None:
     rung = lower(spec, info, Trouble(stage, device))
     assert rung is not None
@@ -152,7 +152,7 @@ def test_the_next_rung(
         (HOST, info_of(HOST, "causal_lm"), "decode", "cpu"),
     ],
 )
-def test_the_foot_of_the_ladder(spec: EngineSpec, info: EngineInfo, stage: Stage, device: str) -> None:
+def test_the_foot_of_the_ladder(spec: EngineSpec, info: EngineInfo, stage: Phase, device: str) -> None:
     assert lower(spec, info, Trouble(stage, device)) is None
 
 
@@ -241,7 +241,7 @@ def test_every_rung_has_its_words(kind: str, language: str) -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("stage", ["loading", "prefill", "decode"])
-def test_at_the_foot_it_is_said_whose_memory_it_was_and_what_helps_there(stage: Stage, language: str) -> None:
+def test_at_the_foot_it_is_said_whose_memory_it_was_and_what_helps_there(stage: Phase, language: str) -> None:
     ram, card = (from_values(*to_values(at_foot(Trouble(stage, device)))) for device in ("cpu", "cuda:1"))
     assert Trouble.of(card) == Trouble(stage, "cuda:1")
     said, on_card = ram.message(language), card.message(language)

@@ -12,7 +12,7 @@ import pytest
 from glmui.errors import InvalidInput
 from glmui.i18n import Words
 from glmui.memory.forecast import Forecast
-from glmui.memory.plan import CUDA_CONTEXT
+from glmui.memory.plan_request import CUDA_CONTEXT
 from glmui.meter import Reading
 from glmui.types import EngineSpec
 from glmui.ui import desk as desk_module
@@ -166,15 +166,17 @@ def test_what_is_loaded_is_told_as_it_is_whatever_others_take_now(world: CardWor
     assert prospect is not None
     assert prospect.found.plan.layers == world.engine.loaded.layers
     assert not prospect.short
-    assert "20 of 28 layers" in present_plan.line(prospect, "en")
-    assert words(present_plan.table(prospect, "en")).startswith("In memory now: 20 of 28 layers")
+    assert "20 of 28 layers" in present_plan.line(prospect, Words("en"))
+    assert words(present_plan.table(prospect, Words("en"))).startswith("In memory now: 20 of 28 layers")
     world.engine.loaded = replace(world.engine.loaded, context_room=600)  # there was room for no more
     less = memory.prospect(None)
     assert less is not None
     assert less.found.plan.vram < prospect.found.plan.vram, "a cache that is not there takes nothing"
     changed = memory.prospect(12)
     assert changed is not None
-    assert words(present_plan.table(changed, "en")).startswith("With the next message: 12 of 28 layers")
+    assert words(present_plan.table(changed, Words("en"))).startswith(
+        "With the next message: 12 of 28 layers"
+    )
 
 
 def test_only_news_is_sent_to_the_page(events: MemoryEvents) -> None:

@@ -13,6 +13,7 @@ import pytest
 from glmui.errors import Busy, FetchError, InvalidInput, ModelError, NotFound
 from glmui.hub import catalogue
 from glmui.hub import get as hub
+from glmui.i18n import Words
 from glmui.meter import Card, Meter, Reading
 from glmui.types import EngineInfo, Progress
 from glmui.ui import model_words, present_models
@@ -93,11 +94,11 @@ def card(html: str, name: str) -> str:
 
 
 def page(shelf: Shelf, language: str = "en") -> str:
-    return present_models.models(shelf.look(), language)
+    return present_models.models(shelf.look(), Words(language))
 
 
 def first_start(shelf: Shelf, language: str = "en") -> str:
-    return present_models.welcome(shelf.look(), language)
+    return present_models.welcome(shelf.look(), Words(language))
 
 
 def acts(html: str) -> set[str]:
@@ -220,7 +221,9 @@ def test_progress_is_told_with_amount_speed_and_time_left(
         assert acts(told) == {"pause", "cancel"}
     assert "get" not in acts(page(shelf)) - acts(card(page(shelf), INT4))
     running = shelf.downloads.running
-    assert "Fetching the model… 61%" in present_models.aside(running, False, "en"), "told beside the chat too"
+    assert "Fetching the model… 61%" in present_models.aside(running, False, Words("en")), (
+        "told beside the chat too"
+    )
     shelf.act("pause", INT4, {})
     assert "Paused 61%" in card(page(shelf), INT4)
     assert acts(card(page(shelf), INT4)) == {"resume", "cancel"}
@@ -414,7 +417,7 @@ def test_a_name_is_made_of_the_folders(folder: str, name: str) -> None:
     [(5, "less than a minute left"), (200, "about 3 min left"), (10_000, "about 2.8 h left")],
 )
 def test_time_is_told_as_people_do(seconds: float, words: str) -> None:
-    assert model_words.time_left(seconds, "en") == words
+    assert model_words.time_left(seconds, Words("en")) == words
 
 
 def test_small_and_large_amounts_of_room() -> None:

@@ -25,7 +25,8 @@ from glmui.glm.checkpoint import AnyModel, everything_on, load_model
 from glmui.glm.config import GLMConfig
 from glmui.memory import model_size
 from glmui.memory.model_size import ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, PlanRequest, budget, plan
+from glmui.memory.plan import Plan, plan
+from glmui.memory.plan_request import CUDA_CONTEXT, GIB, Machine, PlanRequest, budget
 from glmui.memory.published import SHAPES
 from glmui.quant import QuantizedLinear, quantize
 from glmui.quant.kernels.cuda import Loaded

@@ -11,7 +11,7 @@ import pytest
 from glmui.chat import Again
 from glmui.errors import InvalidInput
 from glmui.memory.forecast import Forecast, foreseen
-from glmui.memory.plan import GIB
+from glmui.memory.plan_request import GIB
 from glmui.outlook import Outlook
 from glmui.types import ChatSettings, EngineSpec, GenerationParams, Message, Once
 from tests.small_world import World, echo_with_room, foresee

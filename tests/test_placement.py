@@ -16,7 +16,8 @@ from glmui.engine.placement import DeviceMap, Placement, device_map, placement
 from glmui.errors import InvalidInput
 from glmui.glm.checkpoint import load_model
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, PlanRequest, plan
+from glmui.memory.plan import plan
+from glmui.memory.plan_request import CUDA_CONTEXT, GIB, Machine, PlanRequest
 from glmui.memory.published import SHAPES
 from glmui.types import PIECE, EngineSpec
 

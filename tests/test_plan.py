@@ -24,7 +24,8 @@ from glmui.memory.fitting import (
     slow_context,
 )
 from glmui.memory.model_size import CPU, Forms, ModelSize
-from glmui.memory.plan import GIB, PIECES, Machine, Plan, PlanRequest, budget, bytes_on, plan
+from glmui.memory.plan import Plan, bytes_on, plan
+from glmui.memory.plan_request import GIB, PIECES, Machine, PlanRequest, budget
 from glmui.memory.published import SHAPES
 from glmui.types import LEAST_CONTEXT, PIECE, EngineSpec
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from glmui.i18n import Words
 from glmui.outlook import Outlook, RoomLeft
 from glmui.ui import present_outlook
 
@@ -24,18 +25,18 @@ def test_numbers_are_said_as_people_say_them_and_promise_nothing_too_much() -> N
 
 
 def test_the_line_tells_the_room_and_what_goes_next() -> None:
-    calm = present_outlook.room(RoomLeft(1170, rounds=3), "en")
+    calm = present_outlook.room(RoomLeft(1170, rounds=3), Words("en"))
     assert "about 1,150 more tokens" in calm
     assert "little" not in calm
-    assert "little" in present_outlook.room(RoomLeft(300, rounds=9, little=True), "en")
-    assert "oldest 2 rounds" in present_outlook.room(RoomLeft(600, 9, 2, 2, little=True), "en")
-    assert "最早的一轮" in present_outlook.room(RoomLeft(600, 9, 1, 1, little=True), "zh")
-    assert present_outlook.room(None, "en") == ""
+    assert "little" in present_outlook.room(RoomLeft(300, rounds=9, little=True), Words("en"))
+    assert "oldest 2 rounds" in present_outlook.room(RoomLeft(600, 9, 2, 2, little=True), Words("en"))
+    assert "最早的一轮" in present_outlook.room(RoomLeft(600, 9, 1, 1, little=True), Words("zh"))
+    assert present_outlook.room(None, Words("en")) == ""
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_each_offer_says_what_it_does_and_what_it_costs(language: str) -> None:
-    panel = present_outlook.offers(SHORT_OF_ROOM, language)
+    panel = present_outlook.offers(SHORT_OF_ROOM, Words(language))
     assert re.findall('data-act="(.*?)"', panel) == [
         "leave_out",
         "shorter",
@@ -49,14 +50,16 @@ def test_each_offer_says_what_it_does_and_what_it_costs(language: str) -> None:
 
 
 def test_only_what_helps_is_offered() -> None:
-    panel = present_outlook.offers(Outlook(900, 1156, 1000, fits=False, fits_on_cpu=True), "en")
+    panel = present_outlook.offers(Outlook(900, 1156, 1000, fits=False, fits_on_cpu=True), Words("en"))
     assert re.findall('data-act="(.*?)"', panel) == ["on_cpu", "cancel"]
     assert not Outlook(900, 1156, 1000, fits=False).can_be_helped
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_reply_made_anew_or_gone_on_with_has_words_of_its_own(language: str) -> None:
-    asked, again = (present_outlook.offers(SHORT_OF_ROOM, language, wish) for wish in (None, "regenerate"))
+    asked, again = (
+        present_outlook.offers(SHORT_OF_ROOM, Words(language), wish) for wish in (None, "regenerate")
+    )
     assert 'data-wish=""' in asked
     assert 'data-wish="regenerate"' in again
     for place in (r"<h2.*?</h2>", r"<p.*?</p>", r'data-act="cancel".*?</button>'):
@@ -66,6 +69,6 @@ def test_a_reply_made_anew_or_gone_on_with_has_words_of_its_own(language: str) -
 
 def test_going_on_from_the_end_of_a_reply_is_offered_as_such() -> None:
     cut = Outlook(900, 1156, 1000, fits=False, rounds_to_leave_out=2, cuts_reply=True, fits_on_cpu=True)
-    panel = present_outlook.offers(cut, "en", "resume")
+    panel = present_outlook.offers(cut, Words("en"), "resume")
     assert re.findall('data-act="(.*?)"', panel) == ["leave_out", "on_cpu", "cancel"]
     assert "Read only the end of the reply" in panel

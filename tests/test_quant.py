@@ -28,7 +28,7 @@ def test_published_weights_come_back_exactly(bits: int) -> None:
         weight = stored[f"transformer.layers.1.{name}.weight"]
         scale = stored[f"transformer.layers.1.{name}.weight_scale"]
         wide = golden[f"int{bits}.layer1.{short}"]
-        assert torch.equal(packing.dequantise(weight, scale, bits, wide.shape[1], torch.float32), wide)
+        assert torch.equal(packing.dequantize_weight(weight, scale, bits, wide.shape[1], torch.float32), wide)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -38,7 +38,7 @@ def test_quantising_again_gives_the_published_bytes(bits: int) -> None:
     assert len(scales) == 16
     for name in scales:
         weight = name.removesuffix("_scale")
-        again, scale = packing.quantise(floats[weight], bits)
+        again, scale = packing.quantize_weight(floats[weight], bits)
         assert torch.equal(again, stored[weight])
         assert torch.equal(scale, stored[name])
 
@@ -54,13 +54,13 @@ int4_rows = st.integers(1, 9).flatmap(
 @given(int4_rows)
 def test_packing_comes_back(rows: list[list[int]]) -> None:
     q = torch.tensor(rows, dtype=torch.int8)
-    packed = packing.pack(q)
+    packed = packing.pack_int4(q)
     assert packed.shape == (len(rows), -(-len(rows[0]) // 2))
-    assert torch.equal(packing.unpack(packed)[:, : q.shape[1]], q)
+    assert torch.equal(packing.unpack_int4(packed)[:, : q.shape[1]], q)
 
 
 def test_the_even_column_is_the_high_nibble() -> None:
-    assert packing.pack(torch.tensor([[1, -1]], dtype=torch.int8)).tolist() == [[0x1F]]
+    assert packing.pack_int4(torch.tensor([[1, -1]], dtype=torch.int8)).tolist() == [[0x1F]]
 
 
 @settings(deadline=None)
@@ -76,19 +76,19 @@ def test_quantised_is_within_half_a_step(
 ) -> None:
     columns = columns * 2 if group_size else columns
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    stored, scale = packing.quantise(weight, bits, group_size)
-    wide = packing.dequantise(stored, scale, bits, columns, torch.float32)
+    stored, scale = packing.quantize_weight(weight, bits, group_size)
+    wide = packing.dequantize_weight(stored, scale, bits, columns, torch.float32)
     step = scale[:, None] if scale.dim() == 1 else scale.repeat_interleave(2, dim=1)
     assert ((wide - weight).abs() <= step * 0.5001).all()
 
 
 def test_ties_go_to_even() -> None:
-    stored, _ = packing.quantise(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5]]), 8)
+    stored, _ = packing.quantize_weight(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5]]), 8)
     assert stored.tolist() == [[127, 0, 2, 2, 0]]
 
 
 def test_a_row_of_zeros_stays_zeros() -> None:
-    stored, scale = packing.quantise(torch.zeros(2, 4), 4)
+    stored, scale = packing.quantize_weight(torch.zeros(2, 4), 4)
     assert not stored.any()
     assert not scale.any()
 
@@ -101,8 +101,8 @@ def test_matmul_is_that_of_the_wide_matrix(
     if columns % 2 and group_size:
         pytest.skip("groups are whole bytes")
     weight, x = torch.randn(10, columns), torch.randn(2, 3, columns)
-    stored, scale = packing.quantise(weight, bits, group_size)
-    wide = packing.dequantise(stored, scale, bits, columns, torch.float32)
+    stored, scale = packing.quantize_weight(weight, bits, group_size)
+    wide = packing.dequantize_weight(stored, scale, bits, columns, torch.float32)
     expected = x @ wide.T
     assert torch.allclose(matmul(x, stored, scale, bits), expected, atol=1e-5)
     monkeypatch.setattr(packing, "BLOCK", 3 * columns)  # three rows at a time
@@ -116,7 +116,7 @@ def test_no_whole_matrix_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "glmui.quant.linear.scaled", lambda q, s, d: (widest.append(q.numel()), scaled(q, s, d))[1]
     )
-    matmul(torch.randn(1, 64), *packing.quantise(torch.randn(100, 64), 4), 4)
+    matmul(torch.randn(1, 64), *packing.quantize_weight(torch.randn(100, 64), 4), 4)
     assert max(widest) <= 64 * 4
 
 

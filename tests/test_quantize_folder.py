@@ -1,4 +1,4 @@
-"""quantise_folder: the published bytes, and never half a result."""
+"""quantize_folder: the published bytes, and never half a result."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ import glmui
 from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import load_model
 from glmui.quant import QuantizedEmbedding, QuantizedLinear, packing
-from glmui.quantising import new_folder
-from glmui.quantising.folder import folder_bytes, open_source, quantise_folder
-from glmui.quantising.tensor_file import TensorFile, form_of
-from glmui.quantising.tensor_header import file_bytes
+from glmui.quantizing import new_folder
+from glmui.quantizing.folder import folder_bytes, open_source, quantize_folder
+from glmui.quantizing.tensor_file import TensorFile, form_of
+from glmui.quantizing.tensor_header import file_bytes
 from glmui.types import Progress
 from tests.chatglm_fixture import config, copy_checkpoint, goldens, tensors
 from tests.reference import reference
@@ -37,7 +37,7 @@ EMBEDDING = "transformer.word_embeddings"
 @pytest.fixture(scope="module")
 def int4(tiny_chatglm: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("quantised") / "int4"
-    quantise_folder(tiny_chatglm("fp16"), made, 4)
+    quantize_folder(tiny_chatglm("fp16"), made, 4)
     return made
 
 
@@ -57,7 +57,7 @@ def as_safetensors(folder: Path, change: Callable[[Tensor], Tensor] = lambda ten
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_published_bytes_and_config(tiny_chatglm: Tiny, tmp_path: Path, bits: int) -> None:
     made, told = tmp_path / "made", list[Progress]()
-    quantise_folder(tiny_chatglm("fp16"), made, bits, on_progress=told.append)
+    quantize_folder(tiny_chatglm("fp16"), made, bits, on_progress=told.append)
     found, published = load_file(made / "model.safetensors"), tensors(f"int{bits}")
     assert found.keys() == published.keys()
     for name, tensor in published.items():
@@ -82,7 +82,7 @@ def test_it_answers_as_the_published_one(int4: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_single_safetensors_of_either_precision(writable: Path, int4: Path, dtype: torch.dtype) -> None:
     as_safetensors(writable, lambda tensor: tensor.to(dtype))
-    quantise_folder(writable, writable.parent / "made", 4)
+    quantize_folder(writable, writable.parent / "made", 4)
     found = load_file(writable.parent / "made" / "model.safetensors")
     assert all(
         torch.equal(found[name], tensor) for name, tensor in load_file(int4 / "model.safetensors").items()
@@ -91,7 +91,7 @@ def test_a_single_safetensors_of_either_precision(writable: Path, int4: Path, dt
 
 def test_bfloat16_becomes_what_others_open(writable: Path) -> None:
     as_safetensors(writable, lambda tensor: tensor.bfloat16())
-    quantise_folder(writable, writable.parent / "made", 8)
+    quantize_folder(writable, writable.parent / "made", 8)
     found = load_file(writable.parent / "made" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.int8, torch.float16}
 
@@ -101,7 +101,7 @@ def weight(folder: Path, name: str = DENSE) -> Tensor:
     layer = load_model(folder).get_submodule(name)
     assert isinstance(layer, QuantizedLinear)
     values = layer.weight, layer.weight_scale, layer.weight_bit_width
-    return packing.dequantise(*values, layer.in_features, torch.float32)
+    return packing.dequantize_weight(*values, layer.in_features, torch.float32)
 
 
 def test_finer_groups_are_nearer_and_say_so(tiny_chatglm: Tiny, tmp_path: Path, int4: Path) -> None:
@@ -109,7 +109,7 @@ def test_finer_groups_are_nearer_and_say_so(tiny_chatglm: Tiny, tmp_path: Path, 
     errors = [(weight(int4) - whole).norm()]
     for size in (16, 8):
         made = tmp_path / f"g{size}"
-        quantise_folder(tiny_chatglm("fp16"), made, 4, group_size=size)
+        quantize_folder(tiny_chatglm("fp16"), made, 4, group_size=size)
         assert json.loads((made / "config.json").read_text())["quantization_group_size"] == size
         errors.append((weight(made) - whole).norm())
     assert errors == sorted(errors, reverse=True)
@@ -118,9 +118,9 @@ def test_finer_groups_are_nearer_and_say_so(tiny_chatglm: Tiny, tmp_path: Path, 
 
 def test_embeddings_too(tiny_chatglm: Tiny, tmp_path: Path) -> None:
     made = tmp_path / "qe"
-    quantise_folder(tiny_chatglm("fp16"), made, 4, quantization_embeddings=True)
+    quantize_folder(tiny_chatglm("fp16"), made, 4, quantization_embeddings=True)
     found = load_file(made / "model.safetensors")
-    stored, scale = packing.quantise(tensors("fp16")[f"{EMBEDDING}.weight"], 4)
+    stored, scale = packing.quantize_weight(tensors("fp16")[f"{EMBEDDING}.weight"], 4)
     assert torch.equal(found[f"{EMBEDDING}.weight"], stored)
     assert torch.equal(found[f"{EMBEDDING}.weight_scale"], scale)
     assert json.loads((made / "config.json").read_text())["quantization_embeddings"] is True
@@ -133,7 +133,7 @@ def test_each_layer_may_have_its_own_bits(tiny_chatglm: Tiny, tmp_path: Path) ->
     source, made = tiny_chatglm("fp16"), tmp_path / "mixed"
     opened = open_source(source)
     bits = opened.uniform(4) | {DENSE: 16, "transformer.layers.0.mlp.dense_4h_to_h": 8}
-    quantise_folder(source, made, bits)
+    quantize_folder(source, made, bits)
     values = json.loads((made / "config.json").read_text())
     assert values["quantization_bit"] == 4
     assert values["quantization_bits"] == {DENSE: 16, "transformer.layers.0.mlp.dense_4h_to_h": 8}
@@ -146,7 +146,7 @@ def test_each_layer_may_have_its_own_bits(tiny_chatglm: Tiny, tmp_path: Path) ->
 def refusal(source: Path, target: Path, bits: int = 4, **wish: Any) -> str:
     before = sorted(target.parent.iterdir()) if target.parent.is_dir() else None
     with pytest.raises((InvalidInput, ModelError)) as caught:
-        quantise_folder(source, target, bits, **wish)
+        quantize_folder(source, target, bits, **wish)
     assert (sorted(target.parent.iterdir()) if target.parent.is_dir() else None) == before
     message = caught.value.message()
     assert "{" not in message
@@ -176,7 +176,7 @@ def test_what_cannot_be_is_refused_and_nothing_left(
 
 def test_an_empty_folder_may_be_filled(tiny_chatglm: Tiny, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
-    quantise_folder(tiny_chatglm("fp16"), tmp_path / "made", 8)
+    quantize_folder(tiny_chatglm("fp16"), tmp_path / "made", 8)
     assert (tmp_path / "made" / "model.safetensors").is_file()
     assert [f.name for f in tmp_path.iterdir()] == ["made"]
 
@@ -211,7 +211,7 @@ def test_stopping_leaves_nothing(tiny_chatglm: Tiny, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantise_folder(tiny_chatglm("fp16"), tmp_path / "made", 4, on_progress=stop)
+        quantize_folder(tiny_chatglm("fp16"), tmp_path / "made", 4, on_progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +222,7 @@ def stuck(source: Path, target: Path, there: Connection) -> None:
         there.send("halfway")
         there.recv()
 
-    quantise_folder(source, target, 4, on_progress=wait)
+    quantize_folder(source, target, 4, on_progress=wait)
 
 
 def test_a_kill_leaves_no_result_and_the_next_run_tidies_up(tiny_chatglm: Tiny, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_kill_leaves_no_result_and_the_next_run_tidies_up(tiny_chatglm: Tiny, 
     process.kill()
     process.join()
     assert not target.exists()
-    quantise_folder(tiny_chatglm("fp16"), target, 4)
+    quantize_folder(tiny_chatglm("fp16"), target, 4)
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -285,7 +285,7 @@ def chatglm2(kind: str, folder: Path) -> Path:
 
 def test_chatglm2_gets_its_published_bytes_too(tmp_path: Path) -> None:
     source, published = chatglm2("fp16", tmp_path / "fp16"), reference("chatglm2/tiny-int4/pytorch_model.bin")
-    quantise_folder(source, tmp_path / "made", 4)
+    quantize_folder(source, tmp_path / "made", 4)
     found = load_file(tmp_path / "made" / "model.safetensors")
     expected = torch.load(published, weights_only=True)
     assert found.keys() == expected.keys()

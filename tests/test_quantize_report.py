@@ -19,10 +19,10 @@ from glmui.errors import InvalidInput, ModelError
 from glmui.glm.checkpoint import empty_model, load_model
 from glmui.glm.config import GLMConfig
 from glmui.quant import packing
-from glmui.quantising import compare, sensitivity
-from glmui.quantising.compare import Sample
-from glmui.quantising.folder import Source, folder_bytes, open_source, quantise_folder
-from glmui.quantising.streamed import Weights, blocks_of, stream
+from glmui.quantizing import compare, sensitivity
+from glmui.quantizing.compare import Sample
+from glmui.quantizing.folder import Source, folder_bytes, open_source, quantize_folder
+from glmui.quantizing.streamed import Weights, blocks_of, stream
 from tests.chatglm_fixture import copy_checkpoint
 from tests.reference import reference
 from tests.test_quantize_folder import chatglm2
@@ -85,7 +85,7 @@ def test_what_would_be_is_what_becomes(
     tiny_chatglm: Tiny, tmp_path: Path, bits: int, group_size: int | None, table: bool
 ) -> None:
     source, made = tiny_chatglm("fp16"), tmp_path / "made"
-    quantise_folder(source, made, bits, group_size, quantization_embeddings=table)
+    quantize_folder(source, made, bits, group_size, quantization_embeddings=table)
     plan = open_source(source).uniform(bits, table)
     foreseen = compare.see_folder(source, SAMPLES, bits=plan, group_size=group_size)
     for a, b in zip(foreseen.hidden, compare.see_folder(made, SAMPLES).hidden, strict=True):
@@ -183,8 +183,8 @@ def test_a_layers_error_is_what_its_block_hands_on(tiny_chatglm: Tiny) -> None:
     model = load_model(source)
     before = torch.cat(handed_on(model))
     weight = model.get_parameter(f"{name}.weight")
-    stored, scale = packing.quantise(weight.half(), 4)
-    weight.data = packing.dequantise(stored, scale, 4, weight.shape[1], torch.float32)
+    stored, scale = packing.quantize_weight(weight.half(), 4)
+    weight.data = packing.dequantize_weight(stored, scale, 4, weight.shape[1], torch.float32)
     after = torch.cat(handed_on(model))
     off = ((after - before).square().sum(-1) / before.square().sum(-1)).mean().sqrt()
     assert errors[name][4] == pytest.approx(float(off), rel=1e-4)

@@ -16,9 +16,9 @@ import pytest
 from glmui import cli, i18n
 from glmui.errors import EngineError
 from glmui.glm.checkpoint import load_model
-from glmui.quantising import compare
-from glmui.quantising import run as quantise_run
-from glmui.quantising.job import Job
+from glmui.quantizing import compare
+from glmui.quantizing import run as quantize_run
+from glmui.quantizing.job import QuantizeJob
 from glmui.tools import quantize
 from glmui.tools.quantize_results import Results, table
 from tests.quantize_stand_ins import dying, halfway
@@ -44,12 +44,12 @@ class Told(list[dict[str, Any]]):
         return [message for message in self if message["kind"] in kinds]
 
 
-def work(monkeypatch: pytest.MonkeyPatch, job: Job, gone: int | None = None) -> Told:
+def work(monkeypatch: pytest.MonkeyPatch, job: QuantizeJob, gone: int | None = None) -> Told:
     """Do the job in this process, on a few short texts."""
     told = Told(gone)
     monkeypatch.setattr(compare, "samples_for", lambda folder: SAMPLES)
-    monkeypatch.setattr(quantise_run.torch, "set_num_threads", lambda count: None)
-    quantise_run.run(told, job)  # type: ignore[arg-type]
+    monkeypatch.setattr(quantize_run.torch, "set_num_threads", lambda count: None)
+    quantize_run.run(told, job)  # type: ignore[arg-type]
     return told
 
 
@@ -79,7 +79,7 @@ def test_the_report_is_that_of_compare(
     tiny_chatglm: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, made = tiny_chatglm("fp16"), tmp_path / "made"
-    told = work(monkeypatch, Job(str(source), str(made), report=True))
+    told = work(monkeypatch, QuantizeJob(str(source), str(made), report=True))
     assert told[-1]["kind"] == "done"
     rows = told.kinds("compared")
     assert [row["name"] for row in rows] == [
@@ -100,11 +100,11 @@ def test_a_size_is_kept_and_each_layer_told(
     tiny_chatglm: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, made = tiny_chatglm("fp16"), tmp_path / "made"
-    everything = work(monkeypatch, Job(str(source), str(tmp_path / "large"), target_gb=1.0))
+    everything = work(monkeypatch, QuantizeJob(str(source), str(tmp_path / "large"), target_gb=1.0))
     assert {choice["bits"] for choice in everything.kinds("chosen")} == {16}
     [large] = everything.kinds("written")
     room = large["size"] - 30_000
-    told = work(monkeypatch, Job(str(source), str(made), target_gb=room / 1e9))
+    told = work(monkeypatch, QuantizeJob(str(source), str(made), target_gb=room / 1e9))
     size = sum(file.stat().st_size for file in made.iterdir())
     assert 0.99 * room < size <= room
     chosen = {choice["name"]: choice["bits"] for choice in told.kinds("chosen")}
@@ -129,7 +129,7 @@ def test_a_size_is_kept_and_each_layer_told(
 def test_what_is_wrong_is_said_before_the_work(
     tiny_chatglm: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any], code: str
 ) -> None:
-    job = Job(**{"source": str(tiny_chatglm("fp16")), "target": str(tmp_path / "made"), **wish})
+    job = QuantizeJob(**{"source": str(tiny_chatglm("fp16")), "target": str(tmp_path / "made"), **wish})
     [failed] = work(monkeypatch, job)
     assert failed["error"][1] == code
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_said_before_the_work(
 def test_the_work_ends_when_nobody_listens(
     tiny_chatglm: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work(monkeypatch, Job(str(tiny_chatglm("fp16")), str(tmp_path / "made")), gone=3)
+    work(monkeypatch, QuantizeJob(str(tiny_chatglm("fp16")), str(tmp_path / "made")), gone=3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "_work", dying)
     with pytest.raises(EngineError, match=r"exit code 9"):
-        quantize.run(Job("a", str(tmp_path / "made")), "en")
+        quantize.run(QuantizeJob("a", str(tmp_path / "made")), "en")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_command_line_refuses(
 def filled() -> Results:
     row = {"size": 3_900_000_000, "tokens": 1206, "top1": 0.951, "source_perplexity": 7.4}
     return Results(
-        Job("/a", "/b", target_gb=4.5),
+        QuantizeJob("/a", "/b", target_gb=4.5),
         size=4_490_000_000,
         source_size=13_420_000_000,
         seconds=61.4,

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glmui import ChatGLM
+from glmui.engine import chatglm_api
 from glmui.engine.placement import placement
 from glmui.glm.adapter import read_adapter
 from glmui.glm.checkpoint import AnyModel, everything_on, load_model
@@ -23,7 +25,7 @@ from glmui.memory.forecast import forecast
 from glmui.memory.model_size import CPU, ModelSize
 from glmui.memory.sizing import adapter_numbers, forms_of, prefix_entries, size_of
 from glmui.meter import Reading
-from glmui.quantising.folder import open_source, quantise_folder
+from glmui.quantizing.folder import open_source, quantize_folder
 from glmui.types import EngineSpec
 from tests.chatglm2_fixture import Folder
 
@@ -65,14 +67,14 @@ def foretold(size: ModelSize) -> list[int]:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_of_columns_have_scales_of_their_own(source: Path, tmp_path: Path, bits: int) -> None:
     made = tmp_path / "made"
-    quantise_folder(source, made, bits, group_size=16)
+    quantize_folder(source, made, bits, group_size=16)
     assert foretold(sized(made)) == held(loaded(made))
     assert sized(made).layer_bytes(CPU) > ModelSize.of(read_config(made, "chatglm2")).layer_bytes(CPU)
 
 
 def test_so_has_a_table_that_is_quantised(tiny_chatglm: Tiny, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    quantise_folder(tiny_chatglm("fp16"), made, 4, group_size=16, quantization_embeddings=True)
+    quantize_folder(tiny_chatglm("fp16"), made, 4, group_size=16, quantization_embeddings=True)
     model, size = loaded(made), sized(made)
     table = sum(tensor.nbytes for tensor in model.get_submodule(model.EMBEDDING).parameters())
     norm = 2 * size.width * 4
@@ -86,7 +88,7 @@ def test_layers_that_keep_more_bits_count_as_they_are(
     opened, made = open_source(source), tmp_path / "made"
     bits = opened.uniform(4)
     first, *_, last = bits
-    quantise_folder(source, made, bits | {first: 8, last: 16}, group_size)
+    quantize_folder(source, made, bits | {first: 8, last: 16}, group_size)
     size = sized(made)
     assert foretold(size) == held(loaded(made))
     assert len(set(foretold(size))) > 1
@@ -172,6 +174,23 @@ def test_engine_and_app_foretell_the_same_of_them(tiny_chatglm: Tiny, tmp_path: 
     made = placement(spec, read_config(folder)).plan
     assert made
     assert made.on == found.plan.on
+
+
+def test_the_python_api_plans_for_them_too(
+    tiny_chatglm: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, planned = tiny_chatglm("fp16"), []
+    adapter = write_adapter(tmp_path / "adapter", loaded(folder), ("query_key_value",))
+    prefix = PREFIXES / "prefix-plain"
+    monkeypatch.setattr(chatglm_api, "placement", lambda *how: planned.append(placement(*how)) or planned[-1])
+    wishes: list[dict[str, Any]] = [{}, {"prefix": prefix}, {"adapter": adapter}]
+    wishes += [{"bits": 4}, {"bits": 4, "adapter": adapter}]
+    for wish in wishes:
+        ChatGLM.from_pretrained(folder, device=CPU, **wish)
+    plain, in_front, beside, smaller, merged = (found.plan.ram for found in planned)
+    assert plain < in_front
+    assert plain < beside
+    assert smaller == merged, "an adapter in the weights takes nothing"
 
 
 def test_what_cannot_be_read_counts_as_none(source: Path, tmp_path: Path) -> None:

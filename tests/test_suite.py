@@ -14,7 +14,7 @@ from glmui import cli, i18n
 from glmui.bench import measure, suite
 from glmui.engine.echo import EchoEngine
 from glmui.errors import EngineError
-from glmui.quantising import compare
+from glmui.quantizing import compare
 from glmui.tools.suite_page import page
 from glmui.tools.suite_results import Column, as_json, table
 from glmui.types import EngineInfo, EngineSpec, GenerationParams

@@ -36,7 +36,7 @@ from glmui.memory.visible import visible
 from glmui.meter import Meter
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.on_card import CardLinear
-from glmui.quant.packing import dequantise
+from glmui.quant.packing import dequantize_weight
 
 _PREFILL_SECONDS = 20.0
 # Bytes: more than any card's L2 cache, and little beside a model; on a card that is full all the same, less.
@@ -104,7 +104,7 @@ class CardSubject(Peaks, GLMSubject):
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
-        int(self._decoder.prefill(self._prompt(tokens), _ignore).argmax())
+        int(self._decoder.prefill(self._prompt(tokens), lambda part: None).argmax())
 
     def at(self, context: int, rows: int) -> Rows:
         if rows == 1:
@@ -162,7 +162,7 @@ class PublishedLinear(nn.Module):
             layer.kernels.widen(layer.weight, layer.weight_scale, layer.weight_bit_width, matrix)
         else:
             kept = layer.weight, layer.weight_scale, layer.weight_bit_width
-            matrix = dequantise(*kept, layer.in_features, x.dtype)
+            matrix = dequantize_weight(*kept, layer.in_features, x.dtype)
         return F.linear(x, matrix, layer.bias)
 
 
@@ -210,7 +210,3 @@ def cuda_context(device: str) -> int | None:
         card = visible(meter.read(os.getpid()).cards).get(f"cuda:{torch.device(device).index or 0}")
     own = card.own if card else None
     return None if own is None else max(0, own - torch.cuda.memory_reserved(device))
-
-
-def _ignore(part: float) -> None:
-    """A prefill's progress, which nobody wants here."""

@@ -28,7 +28,7 @@ from glmui.engine.wire import Wire
 from glmui.engine.worker import explain
 from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
 from glmui.glm.config import read_config
-from glmui.types import ChatEngine, EngineSpec, Progress
+from glmui.types import ChatEngine, EngineSpec
 
 _BESIDES = 1_500_000_000  # bytes for the cache, the read probe and torch itself
 
@@ -74,7 +74,7 @@ def load(spec: EngineSpec, wire: Wire) -> ChatEngine:
     importlib.import_module(f"glmui.engine.{family}")  # torch too, before the clock starts
     check_memory(spec, psutil.virtual_memory().available)
     began = time.perf_counter()
-    engine = open_family(spec, _ignore)
+    engine = open_family(spec, lambda progress: None)
     wire.send("loaded", seconds=time.perf_counter() - began, info=asdict(engine.info()))
     return engine
 
@@ -156,7 +156,3 @@ def peak_rss() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _ignore(progress: Progress) -> None:
-    """How far loading is; the command shows no more than that it goes on."""

@@ -18,7 +18,7 @@ from typing import IO
 from glmui.errors import FetchError
 from glmui.glm.config import AnyConfig, GLM2Config, GLMConfig
 from glmui.memory.published import SHAPES
-from glmui.quantising.tensor_header import Form, beginning, bytes_of
+from glmui.quantizing.tensor_header import Form, beginning, bytes_of
 from glmui.text.vocabulary import CHATGLM2_PIECES, NAMES
 
 SIZES: dict[str, AnyConfig] = {

@@ -36,7 +36,7 @@ class GLMSubject:
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
         """By a fresh decoder, so that no cache outlives its figure."""
-        int(decoder_of(self._model).prefill(self._prompt(tokens), _ignore).argmax())
+        int(decoder_of(self._model).prefill(self._prompt(tokens), lambda part: None).argmax())
 
     def at(self, context: int, rows: int) -> Rows:
         return GLMRows(self._model, self._prompt(context), rows)
@@ -90,7 +90,7 @@ class DecoderRow:
     @torch.inference_mode()
     def reset(self) -> None:
         """Quick after the first time: no decoder reads a prompt again that it has in its cache."""
-        self._newest = int(self._decoder.prefill(self._prompt, _ignore).argmax())
+        self._newest = int(self._decoder.prefill(self._prompt, lambda part: None).argmax())
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -110,8 +110,8 @@ class CausalSubject:
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
-        self._decoder.reset()
-        int(self._decoder.prefill(self._prompt(tokens), _ignore).argmax())
+        self._decoder.renew()
+        int(self._decoder.prefill(self._prompt(tokens), lambda part: None).argmax())
 
     def at(self, context: int, rows: int) -> Rows:
         if rows > 1:
@@ -168,7 +168,3 @@ def tensors_of(room: Room) -> list[Tensor]:
 
 def bytes_of(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _ignore(part: float) -> None:
-    """A prefill's progress, which nobody wants here."""

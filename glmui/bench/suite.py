@@ -88,7 +88,7 @@ def converse(engine: ChatEngine, params: GenerationParams) -> dict[str, Any]:
 def _agreement(engine: Any, spec: EngineSpec, baseline: Path) -> dict[str, Any]:
     """Beside the baseline: nothing where their vocabularies are not the same."""
     from glmui.glm.config import read_config
-    from glmui.quantising import compare
+    from glmui.quantizing import compare
 
     with contextlib.suppress(GlmuiError):
         if read_config(baseline).vocab_size != read_config(spec.folder, spec.chatglm_family).vocab_size:

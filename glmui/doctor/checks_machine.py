@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from glmui.doctor.finding import Finding, ok, problem, warning
+from glmui.doctor.finding import Finding, gb, ok, problem, warning
 from glmui.doctor.world import World
 from glmui.errors import GlmuiError
 
@@ -32,11 +32,11 @@ _LOCAL = ("127.0.0.1", "localhost")
 def memory(world: World) -> Iterator[Finding]:
     """RAM and swap against what the chosen model needs on a CPU."""
     now, need = world.memory(), _needed(world)
-    values: dict[str, Any] = {"total": _gb(now.total), "free": _gb(now.available), "swap": _gb(now.swap_free)}
+    values: dict[str, Any] = {"total": gb(now.total), "free": gb(now.available), "swap": gb(now.swap_free)}
     if not need:
         yield ok("memory", "memory_fine", **values)
         return
-    values["need"] = _gb(need)
+    values["need"] = gb(need)
     if need > now.total + now.swap_free:
         yield problem("memory", "memory_too_small", **values)
     elif need > now.total:
@@ -44,7 +44,7 @@ def memory(world: World) -> Iterator[Finding]:
     elif need > now.available + _held(world):
         yield warning("memory", "memory_taken", **values)
     elif need > now.available:
-        yield ok("memory", "memory_loaded", **values, own=_gb(_held(world)))
+        yield ok("memory", "memory_loaded", **values, own=gb(_held(world)))
     else:
         yield ok("memory", "memory_enough", **values)
 
@@ -82,11 +82,11 @@ def _growth(folder: Path) -> int:
 
 def disk(world: World) -> Iterator[Finding]:
     free = world.free_bytes(world.data_dir)
-    values: dict[str, Any] = {"folder": world.data_dir, "free": _gb(free)}
+    values: dict[str, Any] = {"folder": world.data_dir, "free": gb(free)}
     if free < _FULL:
         yield problem("disk", "disk_full", **values)
     elif free < _MODEL and not world.settings.model:
-        yield warning("disk", "disk_tight", need=_gb(_MODEL), **values)
+        yield warning("disk", "disk_tight", need=gb(_MODEL), **values)
     else:
         yield ok("disk", "disk_fine", **values)
 
@@ -96,7 +96,7 @@ def temporary(world: World) -> Iterator[Finding]:
     free = world.free_bytes(folder)
     full = free < _FULL
     key = "temporary_full" if full else "temporary_fine"
-    yield (warning if full else ok)("temporary", key, folder=folder, free=_gb(free))
+    yield (warning if full else ok)("temporary", key, folder=folder, free=gb(free))
 
 
 def clock(world: World) -> Iterator[Finding]:
@@ -223,7 +223,3 @@ def _greeter() -> Iterator[tuple[int, bytes]]:
             yield server.server_address[1], greeting
         finally:
             server.shutdown()
-
-
-def _gb(count: float) -> str:
-    return f"{count / GB:.1f}"

@@ -12,7 +12,7 @@ from glmui.settings import spec_of
 
 if TYPE_CHECKING:
     from glmui.memory.forecast import Forecast
-    from glmui.memory.plan import Machine
+    from glmui.memory.plan_request import Machine
 
 
 def plan(world: World) -> Iterator[Finding]:
@@ -63,7 +63,7 @@ def _foreseen(world: World) -> Forecast | None:
 
 def _machine(world: World) -> Machine:
     """As torch sees it, which knows best what cards it can use, and as if our own engine were gone."""
-    from glmui.memory.plan import Machine
+    from glmui.memory.plan_request import Machine
 
     facts, own = world.torch().facts, _held(world)
     cards = facts.get("cards", []) if facts.get("visible") else []
@@ -81,7 +81,7 @@ def _free(card: Mapping[str, Any], held: int) -> int:
 def _held(world: World) -> Machine:
     """What our own engine process holds of each."""
     from glmui.memory.forecast import machine_of
-    from glmui.memory.plan import Machine
+    from glmui.memory.plan_request import Machine
 
     if world.engine is None:
         return Machine((), 0)

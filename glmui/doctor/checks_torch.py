@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glmui.doctor.ask import Report
-from glmui.doctor.finding import Finding, Mend, ok, problem, warning
+from glmui.doctor.finding import Finding, Mend, gb, ok, problem, warning
 from glmui.doctor.world import World
 
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # the maker, and the class of devices, in PCI's words
@@ -134,7 +134,7 @@ def _cards(report: Report) -> Iterator[Finding]:
         elif "error" in card:
             yield problem("cuda", "cuda_fails", card=card["name"], words=card["error"])
         else:
-            yield ok("cuda", "cuda_fine", free=_gb(card["free"]), total=_gb(card["total"]), **about)
+            yield ok("cuda", "cuda_fine", free=gb(card["free"]), total=gb(card["total"]), **about)
 
 
 def runs_on(capability: Sequence[int], architectures: Sequence[str]) -> bool:
@@ -226,7 +226,3 @@ def _numbers(version: str) -> tuple[int, int]:
 
 def _dotted(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f}"

@@ -56,6 +56,11 @@ def _worded(value: object, language: str) -> object:
     return value(language) if callable(value) else value
 
 
+def gb(count: float) -> str:
+    """Bytes as a number of GB."""
+    return f"{count / 1e9:.1f}"
+
+
 def ok(name: str, key: str, **values: Any) -> Finding:
     return Finding(name, "ok", key, values)
 

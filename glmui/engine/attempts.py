@@ -11,7 +11,7 @@ from glmui.engine import wire
 from glmui.engine.process import EngineProcess
 from glmui.engine.request import Cancellations
 from glmui.errors import EngineError, GlmuiError
-from glmui.memory.ladder import Stage
+from glmui.memory.ladder import Phase
 from glmui.types import Chunk
 
 log = logging.getLogger(__name__)
@@ -106,13 +106,13 @@ class Attempt:
             return wire.chunk_from(event["chunk"])
         return None
 
-    def _stage(self) -> Stage:
+    def _stage(self) -> Phase:
         if self._process.info is None:
             return "loading"
         return "decode" if self.spoke else "prefill"
 
 
-def lost(process: EngineProcess, stage: Stage) -> Lost:
+def lost(process: EngineProcess, stage: Phase) -> Lost:
     """What is to be said of a process that is dead, and was not meant to be."""
     if process.ran_out_of_memory():
         return Lost(EngineError("out_of_memory", stage=stage, device="cpu"))

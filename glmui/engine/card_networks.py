@@ -25,10 +25,10 @@ from glmui.quant.kernels.cuda.block import BlockKernels
 Look = Callable[[int, Tensor], Tensor]
 
 
-class Network(Protocol):
-    """beside: see block.Turns. embedding: the table, wherever it is."""
+class CardNetwork(Protocol):
+    """side_by_side: see block.Turns. embedding: the table, wherever it is."""
 
-    beside: bool
+    side_by_side: bool
     embedding: nn.Module
 
     def angles(self, layout: Layout | Causal, places: int) -> tuple[Tensor, Tensor]:
@@ -41,20 +41,20 @@ class Network(Protocol):
 class GLMNetwork:
     """ChatGLM-6B. What a norm gave is the next residual, times RESIDUAL."""
 
-    beside = True
+    side_by_side = True
 
     def __init__(self, model: ChatGLMModel, kernels: BlockKernels) -> None:
         self._model, self._kernels = model, kernels
         self.embedding: nn.Module = model.transformer.word_embeddings
 
     def angles(self, layout: Layout | Causal, places: int) -> tuple[Tensor, Tensor]:
-        """See Network."""
+        """See CardNetwork."""
         body = self._model.transformer
         positions = layout.positions(0, places)
         return _flat(rotary_table(positions, body.head_size, body.final_layernorm.weight.dtype))
 
     def logits(self, row: Tensor, look: Look) -> Tensor:
-        """See Network."""
+        """See CardNetwork."""
         body = self._model.transformer
         x, residual = row, None
         for layer, block in enumerate(body.layers):
@@ -73,19 +73,19 @@ class GLMNetwork:
 class GLM2Network:
     """ChatGLM2 and 3. What went into a norm is the next residual."""
 
-    beside = False
+    side_by_side = False
 
     def __init__(self, model: ChatGLM2Model, kernels: BlockKernels) -> None:
         self._model, self._kernels = model, kernels
         self.embedding: nn.Module = model.transformer.embedding.word_embeddings
 
     def angles(self, layout: Layout | Causal, places: int) -> tuple[Tensor, Tensor]:
-        """See Network."""
+        """See CardNetwork."""
         dtype = self._model.transformer.encoder.final_layernorm.weight.dtype
         return _flat(pair_table(layout.positions(0, places), self._model.config, dtype))
 
     def logits(self, row: Tensor, look: Look) -> Tensor:
-        """See Network."""
+        """See CardNetwork."""
         body = self._model.transformer
         x, residual = row, None
         for layer, block in enumerate(body.encoder.layers):
@@ -102,7 +102,7 @@ class GLM2Network:
         return self._kernels.rms_norm(x, norm.weight, norm.eps, residual)
 
 
-def network_of(model: AnyModel, kernels: BlockKernels) -> Network:
+def network_of(model: AnyModel, kernels: BlockKernels) -> CardNetwork:
     """The model's network, computed by these kernels between its linear layers."""
     return GLMNetwork(model, kernels) if isinstance(model, ChatGLMModel) else GLM2Network(model, kernels)
 

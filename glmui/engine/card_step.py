@@ -23,7 +23,7 @@ from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import AnyModel
 from glmui.glm.layout import Causal, Layout
 from glmui.glm.parts import look_up
-from glmui.quant.kernels.cuda.block import BlockKernels, Scratch, Turns, takes_columns, takes_head
+from glmui.quant.kernels.cuda.block import AttentionScratch, BlockKernels, Turns, takes_columns, takes_head
 from glmui.quant.kernels.cuda.driver import DriverError
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Tens
     """See Record; as torch's notes on CUDA graphs have it. Raises RuntimeError or DriverError; torch is then
     on the stream and allocates as it did before."""
     with torch.cuda.device(device):
-        side, here = _beside(device), torch.cuda.current_stream()
+        side, here = _recording_stream(device), torch.cuda.current_stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
@@ -89,7 +89,7 @@ def _forget_workspaces() -> None:
 
 
 @cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream to record on: always the same, for libraries keep memory for each one they ever met."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return stream
@@ -155,7 +155,7 @@ class CardStep:
         self._layout: Layout | Causal | None = None
         self._turns: Turns | None = None
         self._made: _For | None = None
-        self._scratch: Scratch | None = None
+        self._scratch: AttentionScratch | None = None
         self._graph: Graph | None = None
         self._logits = torch.empty(0)
 
@@ -191,7 +191,7 @@ class CardStep:
             old.sine.copy_(angles[1])
         else:
             cosine, sine = (part.to(self._now.device) for part in angles)
-            self._turns = Turns(cosine, sine, self._now[:1], self._network.beside)
+            self._turns = Turns(cosine, sine, self._now[:1], self._network.side_by_side)
             self._made = None
         self._layout = layout
 

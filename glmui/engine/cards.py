@@ -14,7 +14,8 @@ from torch import nn
 from glmui.engine.card_step import CardStep, can_step, is_computable
 from glmui.glm.checkpoint import AnyModel
 from glmui.memory.model_size import CPU
-from glmui.memory.plan import CUDA_CONTEXT, Plan, budget
+from glmui.memory.plan import Plan
+from glmui.memory.plan_request import CUDA_CONTEXT, budget
 from glmui.quant.kernels import cuda
 from glmui.quant.kernels.cuda.native import CardKernels
 from glmui.quant.on_card import head_in_int8, use_card_kernels

@@ -21,6 +21,7 @@ from glmui.engine import device as devices
 from glmui.engine.generate import Speaker, common_prefix
 from glmui.engine.loaded import WARM_UP, LoadedEngine, told, warm_up, with_kernels
 from glmui.engine.model_folder import describe, weight_files
+from glmui.engine.precision import Precision, precision_of
 from glmui.errors import ModelError
 from glmui.text.chat_template import ChatTokenizer
 from glmui.text.detokenise import StreamingDetokeniser
@@ -36,10 +37,10 @@ class CausalDecoder:
         self.device = device
         self.model = model
         self._piece = piece_length(sum(p.numel() for p in model.parameters()), device)
-        self.reset()
+        self.renew()
 
-    def reset(self) -> None:
-        """Forget everything read so far, and give its memory back."""
+    def renew(self) -> None:
+        """See generate.Decoder."""
         self._ids: list[int] = []  # what the cache holds
         self.cache = DynamicCache(config=self.model.config)
 
@@ -67,7 +68,7 @@ class CausalDecoder:
                 raise RuntimeError
             self.cache.crop(-surplus)
         except RuntimeError:  # a sliding window has already dropped what would be needed
-            self.reset()
+            self.renew()
             return 0
         del self._ids[length:]
         return length
@@ -79,7 +80,7 @@ class CausalDecoder:
                 input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
         except BaseException:
-            self.reset()  # some layers may have cached this piece and others not
+            self.renew()  # some layers may have cached this piece and others not
             raise
         self._ids += ids
         logits: Tensor = out.logits[0, -1]  # [vocab]
@@ -100,52 +101,51 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
     described = describe(folder)
     weight_bytes = sum(file.stat().st_size for file in weight_files(folder))
     tokenizer = ChatTokenizer.from_folder(folder)
-    placement = devices.place(spec.device, described.dtype, weight_bytes)
+    precision = precision_of(spec.device, described.dtype, weight_bytes)
     threads = spec.threads or devices.count_physical_cores()
     torch.set_num_threads(threads)
-    expected = weight_bytes * placement.torch_dtype.itemsize // (4 if described.dtype == "float32" else 2)
-    with _watched(on_progress, expected if placement.device == "cpu" else 0):
-        model = _quantised(_load(folder, placement), spec.quantize)
-        model.to(placement.device)  # once it is small
-        quantised = spec.quantize != "none" and placement.dtype == "float32"
-        kernels = with_kernels(model, placement.device, threads, spec.cpu_precision) if quantised else None
-    decoder = CausalDecoder(model, torch.device(placement.device))
-    if placement.device != "cpu":
+    expected = weight_bytes * precision.torch_dtype.itemsize // (4 if described.dtype == "float32" else 2)
+    with _watched(on_progress, expected if precision.device == "cpu" else 0):
+        model = _quantized(_load(folder, precision), spec.quantize)
+        model.to(precision.device)  # once it is small
+        quantised = spec.quantize != "none" and precision.dtype == "float32"
+        kernels = with_kernels(model, precision.device, threads, spec.cpu_precision) if quantised else None
+    decoder = CausalDecoder(model, torch.device(precision.device))
+    if precision.device != "cpu":
         warm_up(decoder, tokenizer.encode_chat(WARM_UP))
-        decoder.reset()
+        decoder.renew()
     info = EngineInfo(
         state="ready",
         model=spec.model,
         family="causal_lm",
-        device=placement.device,
-        dtype=placement.dtype if spec.quantize == "none" else spec.quantize,
+        device=precision.device,
+        dtype=precision.dtype if spec.quantize == "none" else spec.quantize,
         threads=threads,
         context_length=described.context_length,
-        reason=placement.reason,
+        reason=precision.reason,
     )
     speaker = Speaker(
         decoder=decoder,
-        detokeniser=lambda: StreamingDetokeniser(tokenizer.decode),
         stop_ids=tokenizer.eos_ids,
         context_length=described.context_length,
         stop_repetition=spec.stop_repetition,
         on_progress=on_progress,
     )
 
-    def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], StreamingDetokeniser]]:
-        return tokenizer.encode_chat(messages), lambda: StreamingDetokeniser(tokenizer.decode)
+    def ask(messages: Sequence[Message]) -> tuple[list[int], StreamingDetokeniser]:
+        return tokenizer.encode_chat(messages), StreamingDetokeniser(tokenizer.decode)
 
     return LoadedEngine(speaker, ask, told(info, kernels, spec.cpu_precision))
 
 
-def _load(folder: Path, placement: devices.Placement) -> Any:
+def _load(folder: Path, precision: Precision) -> Any:
     """The model, in RAM: to load it straight onto a card, transformers wants another package (accelerate)."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=placement.torch_dtype,
+            dtype=precision.torch_dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -156,7 +156,7 @@ def _load(folder: Path, placement: devices.Placement) -> Any:
     return model.eval()
 
 
-def _quantised(model: Any, wish: str) -> Any:
+def _quantized(model: Any, wish: str) -> Any:
     if wish == "none":
         return model
     from glmui.quant import quantize

@@ -65,7 +65,6 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
     )
     speaker = Speaker(
         decoder=decoder,
-        detokeniser=lambda: detokeniser(tokenizer),
         stop_ids=stops(config.family) | {config.eos_token_id},
         context_length=max(config.context_length, spec.context),
         room=where.room,
@@ -74,12 +73,11 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         ahead=step is not None,
     )
 
-    def ask(messages: Sequence[Message]) -> tuple[list[int], Callable[[], Detokeniser]]:
-        begun = begun_reply(messages)
-        return prompt_ids(tokenizer, messages), lambda: detokeniser(tokenizer, begun)
+    def ask(messages: Sequence[Message]) -> tuple[list[int], Detokeniser]:
+        return prompt_ids(tokenizer, messages), detokeniser(tokenizer, begun_reply(messages))
 
     info = cards.told(told(info, prepared.kernels, spec.cpu_precision), found, model, step)
-    return ChatGLMEngine(speaker, ask, info, decoder, extras)
+    return ChatGLMEngine(speaker, ask, info, extras)
 
 
 def _open_cards(where: Placement, folder: str, on_progress: Callable[[Progress], None]) -> cards.Cards:

@@ -155,11 +155,17 @@ class ChatGLM(Chatting):
         config = read_config(folder, family)
         tokenizer = open_tokenizer(Path(folder), config.family, config.vocab_size)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        merged = adapter if bits and not config.quantization_bit else None
         spec = EngineSpec(
-            "", str(folder), device, quantize=f"int{bits}" if bits else "none", cpu_precision="exact"
+            "",
+            str(folder),
+            device,
+            quantize=f"int{bits}" if bits else "none",
+            cpu_precision="exact",
+            prefix=str(prefix or ""),
+            adapter=str(adapter or "") if merged is None else "",
         )
         where = placement(spec, config, wanted)
-        merged = adapter if bits and not config.quantization_bit else None
         change = _merging(merged, config) if merged else None
         model = load_model(folder, where.place, bits or 0, family=family, change=change)
         if use_quantization_cache:

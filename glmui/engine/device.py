@@ -1,43 +1,16 @@
-"""Where a model runs and in what precision: decided here, once, with the reason.
-
-A reason is a key of the locales' "reasons"; EngineInfo's own fields fill its placeholders.
-"""
+"""The devices of this machine: which there are, what is free on each, and which of them a wish means."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import psutil
 
 from glmui.errors import InvalidInput
-from glmui.memory.plan import CUDA_CONTEXT
+from glmui.memory.plan_request import CUDA_CONTEXT
 from glmui.memory.trouble import out_of_memory_on
 
-if TYPE_CHECKING:
-    import torch
-
-_SMALL = 1_000_000_000  # bytes of weights up to which float32 on a CPU costs nobody anything
 _OPENED = CUDA_CONTEXT // 2  # bytes that a context takes before anything is computed in it
-_ROOM = 0.7  # part of the free memory that float32 weights may take
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """device: "cpu", "cuda:0", "mps". dtype: "float32", "bfloat16", "float16"."""
-
-    device: str
-    dtype: str
-    reason: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        import torch
-
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
 
 
 def count_physical_cores() -> int:
@@ -97,43 +70,3 @@ def resolve_device(wish: str, available: list[str] | None = None) -> str:
     if device not in there:
         raise InvalidInput("device_missing", device=wish, available=", ".join(there))
     return device
-
-
-def place(wish: str, stored_dtype: str, weight_bytes: int) -> Placement:
-    """Device and precision of a transformers model, its weights taking `weight_bytes` in `stored_dtype`.
-
-    Raises InvalidInput: "device_missing", or "device_mixed" (mixed is for the ChatGLM models).
-    """
-    if wish == "mixed":
-        raise InvalidInput("device_mixed")
-    device = resolve_device(wish)
-    if device != "cpu":
-        return Placement(device, *_precision_on_card(device, stored_dtype))
-    return Placement(device, *_precision_on_cpu(stored_dtype, weight_bytes))
-
-
-def _precision_on_card(device: str, stored: str) -> tuple[str, str]:
-    import torch
-
-    if stored != "float16" and device.startswith("cuda"):
-        with torch.cuda.device(device):  # of two cards one may be older
-            if torch.cuda.is_bf16_supported(False):
-                return "bfloat16", "reasons.card_bfloat16"
-    return "float16", "reasons.card_float16"
-
-
-def _precision_on_cpu(stored: str, weight_bytes: int) -> tuple[str, str]:
-    """float32 is exact and everywhere well supported; large weights are read twice as fast in bfloat16."""
-    full = weight_bytes if stored == "float32" else 2 * weight_bytes
-    if full > _ROOM * psutil.virtual_memory().available:
-        return "bfloat16", "reasons.cpu_bfloat16_memory"
-    if stored == "bfloat16" and weight_bytes > _SMALL and _fast_in_bfloat16():
-        return "bfloat16", "reasons.cpu_bfloat16_fast"
-    return "float32", "reasons.cpu_float32"
-
-
-def _fast_in_bfloat16() -> bool:
-    import torch
-
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

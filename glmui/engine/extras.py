@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch.utils.hooks import RemovableHandle
 
-from glmui.engine.decoders import GLMDecoder
 from glmui.engine.generate import Speaker
 from glmui.engine.loaded import Ask, LoadedEngine
 from glmui.errors import InvalidInput
@@ -86,22 +85,14 @@ class Extras:
 class ChatGLMEngine(LoadedEngine):
     """A loaded ChatGLM with its extras."""
 
-    def __init__(
-        self, speaker: Speaker, ask: Ask, info: EngineInfo, decoder: GLMDecoder, extras: Extras
-    ) -> None:
+    def __init__(self, speaker: Speaker, ask: Ask, info: EngineInfo, extras: Extras) -> None:
         super().__init__(speaker, ask, info)
         self._extras = extras
-        self._decoder: GLMDecoder | None = decoder
 
     def use_extras(self, prefix: str, adapter: str) -> None:
         """See types.TakesExtras."""
-        if self._extras.use(prefix, adapter) and self._decoder is not None:
-            self._decoder.renew()
-
-    def unload(self) -> None:
-        """See LoadedEngine."""
-        super().unload()
-        self._decoder = None
+        if self._extras.use(prefix, adapter) and self.speaker is not None:
+            self.speaker.decoder.renew()
 
 
 def _name(folder: Folder) -> str:

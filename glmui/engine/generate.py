@@ -32,6 +32,10 @@ class Decoder(Protocol):
         """Append one id and return the logits [vocab] that follow it."""
         ...
 
+    def renew(self) -> None:
+        """Forget everything read so far, and give its memory back: the next prefill begins anew."""
+        ...
+
 
 class Detokeniser(Protocol):
     def add(self, token: int) -> str: ...
@@ -47,13 +51,12 @@ class Cancelled(Exception):
 class Speaker:
     """What a loaded model brings along to answer.
 
-    detokeniser: makes a fresh one for each reply. context_length: ids the model can take at all, room: ids
-    there is memory for, each 0 for no bound. on_progress: told how far the prefill is, at most a few times a
-    second. ahead: whether a step of the decoder only starts work that goes on beside Python.
+    context_length: ids the model can take at all, room: ids there is memory for, each 0 for no bound.
+    on_progress: told how far the prefill is, at most a few times a second. ahead: whether a step of the
+    decoder only starts work that goes on beside Python.
     """
 
     decoder: Decoder
-    detokeniser: Callable[[], Detokeniser]
     stop_ids: Collection[int]
     context_length: int = 0
     room: int = 0
@@ -112,16 +115,22 @@ def generate_ids(
 
 
 def stream_reply(
-    speaker: Speaker, prompt_ids: list[int], params: GenerationParams, cancelled: Callable[[], bool]
+    speaker: Speaker,
+    prompt_ids: list[int],
+    text: Detokeniser,
+    params: GenerationParams,
+    cancelled: Callable[[], bool],
 ) -> Iterator[Chunk]:
     """Yield the reply as chunks of whole characters; the last has finish_reason and usage.
+
+    text: a fresh detokeniser, which makes them.
 
     Raises InvalidInput("prompt_too_long" or "prompt_beyond_memory") when max_length, or memory, leaves no
     room for a single id, and EngineError("nan_logits").
     """
     limit = room(len(prompt_ids), params, speaker.context_length, speaker.room)
     watch = Stopwatch()
-    text, loop = speaker.detokeniser(), RepetitionWatch()
+    loop = RepetitionWatch()
     sampler = Sampler(params, make_generator(params.seed, speaker.decoder.device))
     report = _sparing(lambda part: speaker.on_progress(Progress("prefill", part)))
     count, note = 0, ""

@@ -16,8 +16,8 @@ from glmui.quant.kernels.cpu import Loaded, Numerics
 from glmui.quant.kernels.cpu import load as load_kernels
 from glmui.types import Chunk, EngineInfo, GenerationParams, Message
 
-# A conversation as the model's ids, and what makes a detokeniser for the reply to it.
-Ask = Callable[[Sequence[Message]], tuple[list[int], Callable[[], Detokeniser]]]
+# A conversation as the model's ids, and a detokeniser for the reply to it.
+Ask = Callable[[Sequence[Message]], tuple[list[int], Detokeniser]]
 
 
 WARM_UP = [Message("user", "你好，" * 16)]  # more ids than the kernels for few rows take at once
@@ -42,8 +42,7 @@ class LoadedEngine:
         if self.speaker is None:
             raise RuntimeError("the model was unloaded; open it again")
         ids, detokeniser = self._ask(messages)
-        speaker = replace(self.speaker, detokeniser=detokeniser)
-        yield from stream_reply(speaker, ids, params, lambda: request_id in self._cancelled)
+        yield from stream_reply(self.speaker, ids, detokeniser, params, lambda: request_id in self._cancelled)
 
     def cancel(self, request_id: str) -> None:
         self._cancelled.add(request_id)

@@ -98,12 +98,6 @@ def remove_packed(packed_dir: Path, checkpoint: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def packed_size(packed_dir: Path, checkpoint: Path) -> int:
-    """Bytes kept for a model folder."""
-    name = _identity_or_nothing(checkpoint)
-    return sum(file.stat().st_size for file in (packed_dir / name).glob("*.packed")) if name else 0
-
-
 def _kept(packed_dir: Path) -> Iterator[tuple[Path, Path | None]]:
     """Each folder of packed weights, and the model folder it belongs to where that can be told."""
     for folder in [entry for entry in packed_dir.glob("*") if entry.is_dir()]:

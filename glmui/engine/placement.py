@@ -16,7 +16,8 @@ from glmui.glm.checkpoint import AnyModel, Place, everything_on
 from glmui.glm.config import AnyConfig
 from glmui.memory.fitting import request_of, room
 from glmui.memory.model_size import CPU
-from glmui.memory.plan import Machine, Plan, plan
+from glmui.memory.plan import Plan, plan
+from glmui.memory.plan_request import Machine
 from glmui.memory.sizing import size_of
 from glmui.quant.fast import KernelLinear
 from glmui.types import PIECE, EngineSpec

@@ -93,7 +93,7 @@ class _Shelf:
         if layers is None and self._spec.hasty:
             return None
         layers = layers or self._make(form, load(on_progress=self._loading))
-        model = load(on_progress=_ignore, ready=layers)
+        model = load(on_progress=lambda part: None, ready=layers)
         head = model.get_submodule(model.HEAD)
         if self._spec.head_bits == 8 and is_half_head(head, model.HEAD):
             heads = self._read(_HEAD)
@@ -141,11 +141,11 @@ class _Shelf:
             raise OSError(f"{file} cannot be read back")
         return kept
 
-    def _read(self, form: str, on_part: OnPart | None = None) -> dict[str, KernelLinear] | None:
+    def _read(self, form: str, on_part: OnPart = lambda part: None) -> dict[str, KernelLinear] | None:
         """The layers of a file, or None where it is not there or not to be trusted."""
         file, made_of = self._file(form), f"{self._made_of} {form}"
         try:
-            layers = read(file, made_of, self._kernels.threads, on_part or _ignore)
+            layers = read(file, made_of, self._kernels.threads, on_part)
         except NotUsable as error:
             _log.info("no packed weights: %s", error)
             return None
@@ -165,10 +165,6 @@ class _Shelf:
 def _room_of(layer: QuantizedLinear) -> int:
     groups = layer.weight_scale.shape[1] if layer.weight_scale.dim() == 2 else 1
     return room_for(layer.out_features, layer.in_features, layer.weight_bit_width, groups)
-
-
-def _ignore(part: float) -> None:
-    """How far something quick is."""
 
 
 def order_of(kernels: Kernels) -> str:

@@ -24,7 +24,7 @@ from glmui.engine.own_process import begin
 from glmui.engine.request import Cancellations
 from glmui.engine.wire import Wire, chat_from
 from glmui.errors import EngineError, GlmuiError, InvalidInput, to_values
-from glmui.memory.ladder import Stage
+from glmui.memory.ladder import Phase
 from glmui.memory.trouble import is_card_fault, out_of_memory_on
 from glmui.types import ChatEngine, Chunk, EngineSpec, Progress, TakesExtras
 
@@ -60,7 +60,7 @@ def _answer(engine: ChatEngine, post: _Post, request: dict[str, Any]) -> bool:
     if request_id in post.cancelled:
         post.send("chunk", id=request_id, chunk=asdict(Chunk(finish_reason="cancelled")))
         return True
-    stage: Stage = "prefill"
+    stage: Phase = "prefill"
     try:
         _use_extras(engine, *request["extras"])
         for chunk in engine.stream_chat(*chat_from(request), request_id):
@@ -92,7 +92,7 @@ def trace_of(error: BaseException) -> str:
     return "" if isinstance(error, GlmuiError) else "".join(traceback.format_exception(error))
 
 
-def explain(error: BaseException, stage: Stage = "loading", card: str = "cuda:0") -> GlmuiError:
+def explain(error: BaseException, stage: Phase = "loading", card: str = "cuda:0") -> GlmuiError:
     """The error in the family's words; want of memory with what was being done, and on which device."""
     if isinstance(error, GlmuiError) and error.code == "out_of_memory":
         return error

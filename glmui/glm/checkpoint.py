@@ -69,7 +69,7 @@ def load_model(
     config = read_config(folder, family)
     tensors = read_folder(folder)
     model = empty_model(config)
-    swap_quantised(model, tensors)
+    swap_quantized(model, tensors)
     (check_layout if ready else check)(model, tensors, folder)
     for name, tensor in tensors.items():
         assign(model, name, tensor)
@@ -143,7 +143,7 @@ def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def swap_quantised(model: AnyModel, tensors: dict[str, Tensor]) -> None:
+def swap_quantized(model: AnyModel, tensors: dict[str, Tensor]) -> None:
     """Replace each layer whose scale is in the file by its quantised form (still without values)."""
     modules = dict(model.named_modules())
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from glmui.errors import ModelError
-from glmui.glm.checkpoint import FLOATS, check, empty_model, is_finite, read_file, read_folder, swap_quantised
+from glmui.glm.checkpoint import FLOATS, check, empty_model, is_finite, read_file, read_folder, swap_quantized
 from glmui.glm.config import read_config
 from glmui.hub.source_folder import SourceFolder
-from glmui.quantising.folder import EITHER
+from glmui.quantizing.folder import EITHER
 from glmui.text.chat_template import ChatTokenizer
 from glmui.text.chatglms import open_tokenizer
 
@@ -52,7 +52,7 @@ def _chatglm(source: SourceFolder) -> dict[str, Tensor]:
     tensors = read_folder(folder)
     _check_places(tensors, source)
     model = empty_model(config)
-    swap_quantised(model, tensors)
+    swap_quantized(model, tensors)
     check(model, tensors, folder)
     return tensors
 

@@ -32,7 +32,7 @@ Tell = Callable[[Stage, int, int, str], None]  # stage, bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ImportJob:
     """What is to be imported, in values that cross to another process.
 
     made: the folder to write, not there yet; its parent is the one folder that may be written into.
@@ -48,7 +48,7 @@ class Job:
     licence: str = ""
 
 
-def import_here(tell: Tell, job: Job) -> None:
+def import_here(tell: Tell, job: ImportJob) -> None:
     """Write job.made. Raises ModelError, or FetchError("import_unwritable")."""
     source = open_source(job.source)
     check_sizes(source, job.sizes)
@@ -86,7 +86,7 @@ def _check_wish(source: SourceFolder, quantize: str) -> None:
         raise ModelError("import_not_quantisable", folder=source.folder)
 
 
-def _write(source: SourceFolder, job: Job, tell: Tell) -> None:
+def _write(source: SourceFolder, job: ImportJob, tell: Tell) -> None:
     """The weights, as `quantize` wishes; config.json where that changes it."""
     os.environ.update(ENVIRONMENT)  # read by torch when it is imported
     from glmui.hub import expected
@@ -96,7 +96,7 @@ def _write(source: SourceFolder, job: Job, tell: Tell) -> None:
     tensors = expected.checked_tensors(source)
     if BITS[job.quantize]:
         tensors.clear()
-        _quantise(job, tell)
+        _quantize(job, tell)
     else:
         job.made.mkdir(mode=0o700)
         _copy(tensors, job.made / RESULT, tell)
@@ -105,7 +105,7 @@ def _write(source: SourceFolder, job: Job, tell: Tell) -> None:
 def _copy(tensors: dict[str, Tensor], target: Path, tell: Tell) -> None:
     """One tensor after the other, its pages let go again: the memory of its own stays small."""
     from glmui.quant.mapped import release
-    from glmui.quantising.tensor_file import TensorFile, form_of
+    from glmui.quantizing.tensor_file import TensorFile, form_of
 
     forms = {name: form_of(tensor) for name, tensor in tensors.items()}
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
@@ -118,16 +118,16 @@ def _copy(tensors: dict[str, Tensor], target: Path, tell: Tell) -> None:
             tell("converting", done, total, name)
 
 
-def _quantise(job: Job, tell: Tell) -> None:
-    from glmui.quantising.folder import quantise_folder
+def _quantize(job: ImportJob, tell: Tell) -> None:
+    from glmui.quantizing.folder import quantize_folder
 
     def told(progress: Progress) -> None:
         tell("converting", progress.done, progress.total, progress.detail)
 
-    quantise_folder(job.source, job.made, BITS[job.quantize], on_progress=told)
+    quantize_folder(job.source, job.made, BITS[job.quantize], on_progress=told)
 
 
-def _finish(source: SourceFolder, job: Job, made_from: Mapping[str, Stored]) -> None:
+def _finish(source: SourceFolder, job: ImportJob, made_from: Mapping[str, Stored]) -> None:
     """The small files beside the weights, all on the disk, and last the manifest that vouches for them."""
     for file in source.besides:
         if not (job.made / file.name).exists():  # quantised: it has a config.json of its own

@@ -14,7 +14,7 @@ from glmui.confined import Ended, Limits
 from glmui.errors import FetchError, GlmuiError, ModelError
 from glmui.hub import importer
 from glmui.hub.catalogue import Offer
-from glmui.hub.importer import Job, Quantize
+from glmui.hub.importer import ImportJob, Quantize
 from glmui.types import Progress, Stage
 
 _MEMORY = 2_500_000_000  # bytes of its own; a full-size import needs about a fifth
@@ -62,12 +62,14 @@ def import_model(
     _check_result(made, source)
 
 
-def _job(source: Path, made: Path, offer: Offer | None, quantize: Quantize, known: Mapping[str, str]) -> Job:
+def _job(
+    source: Path, made: Path, offer: Offer | None, quantize: Quantize, known: Mapping[str, str]
+) -> ImportJob:
     hashes = {Path(path).name: digest for path, digest in known.items()}
     if offer is None:
-        return Job(source, made, quantize, hashes, origin=str(source))
+        return ImportJob(source, made, quantize, hashes, origin=str(source))
     files = {Path(file.path).name: file for file in offer.files}
-    return Job(
+    return ImportJob(
         source,
         made,
         quantize,

@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import replace
 
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import Machine, Plan, PlanRequest, budget, bytes_on, longest, plan
+from glmui.memory.plan import Plan, bytes_on, plan
+from glmui.memory.plan_request import Machine, PlanRequest, budget
+from glmui.memory.spread import longest
 from glmui.types import LEAST_CONTEXT, EngineSpec
 
 

@@ -17,7 +17,8 @@ from glmui.memory import sizing
 from glmui.memory.fitting import context_that_fits, layers_that_fit, lighter, request_of, room, slow_context
 from glmui.memory.free import free_on, free_ram
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, Machine, Plan, PlanRequest, plan, program_bytes
+from glmui.memory.plan import Plan, plan, program_bytes
+from glmui.memory.plan_request import CUDA_CONTEXT, Machine, PlanRequest
 from glmui.memory.pretended import pretended
 from glmui.memory.visible import PART, visible
 from glmui.meter import Reading

@@ -15,7 +15,7 @@ from glmui import notes
 from glmui.errors import EngineError, GlmuiError
 from glmui.types import LEAST_CONTEXT, PIECE, EngineInfo, EngineSpec
 
-Stage = Literal["loading", "prefill", "decode"]
+Phase = Literal["loading", "prefill", "decode"]
 Kind = Literal["pieces", "context", "layers", "reserve", "cpu"]
 
 LEAST_PIECE = 64  # tokens
@@ -26,7 +26,7 @@ _FIRST_RESERVE, _MOST_RESERVE = 1_000_000_000, 4_000_000_000  # bytes of a card 
 class Trouble:
     """Memory ran out: what was being done, and whose memory it was ("cpu" is the RAM)."""
 
-    stage: Stage
+    stage: Phase
     device: str
 
     @classmethod
@@ -34,7 +34,7 @@ class Trouble:
         """The trouble that an error tells of; None where it is another kind of error."""
         if error.code != "out_of_memory":
             return None
-        stage: Stage = next((s for s in get_args(Stage) if s == error.values.get("stage")), "decode")
+        stage: Phase = next((s for s in get_args(Phase) if s == error.values.get("stage")), "decode")
         return cls(stage, error.values.get("device", "cpu"))
 
 
@@ -71,7 +71,7 @@ def _steps(spec: EngineSpec, family: str, trouble: Trouble) -> list[Step]:
     on_card = trouble.device != "cpu" and spec.device != "cpu"
     if family == "causal_lm":  # goes wherever it goes as a whole, and its cache grows with the conversation
         return [_cpu] if on_card else []
-    lighter: dict[Stage, list[Step]] = {
+    lighter: dict[Phase, list[Step]] = {
         "loading": [],
         "prefill": [_smaller_pieces] if on_card else [_smaller_pieces, _less_context],
         "decode": [_less_context],

@@ -101,10 +101,10 @@ class ModelSize:
         inner = shapes["dense_h_to_4h"][0]
         if isinstance(config, GLMConfig):
             beside = sum(rows for rows, _ in shapes.values()) + 4 * width
-            quantised_table = config.quantization_embeddings
+            quantized_table = config.quantization_embeddings
         else:
             beside = config.qkv_width * config.add_qkv_bias + 2 * width
-            quantised_table = False
+            quantized_table = False
         layers = [_layer(shapes, usual, forms, layer) for layer in range(config.num_layers)]
         return cls(
             stored=tuple(stored for stored, _ in layers),
@@ -114,8 +114,8 @@ class ModelSize:
             kv_heads=config.kv_heads,
             heads=config.num_attention_heads,
             table_weights=config.table_weights,
-            table_bits=usual if quantised_table else 16,
-            table_scales=config.vocab_size * _groups(width, forms) if quantised_table else 0,
+            table_bits=usual if quantized_table else 16,
+            table_scales=config.vocab_size * _groups(width, forms) if quantized_table else 0,
             tied=isinstance(config, GLMConfig),
             width=width,
             inner=inner,

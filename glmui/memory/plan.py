@@ -8,59 +8,18 @@ the head is quantised by itself: then it stays in its file.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from glmui.errors import InvalidInput
 from glmui.memory.model_size import CPU, ModelSize
+from glmui.memory.plan_request import PIECES, Machine, PlanRequest, budget
+from glmui.memory.spread import exactly, fill, need
 from glmui.types import PIECE
 
-GIB = 2**30
-
-# What a CUDA context takes beside the tensors: driver, kernels, and what torch's allocator cannot use of
-# what it took. Not counted as allocated.
-CUDA_CONTEXT = 400_000_000
 # What Python, torch and the tokenizer take of RAM before any weight; and with them CUDA's libraries.
 PROCESS = 500_000_000
 PROCESS_WITH_CARD = 1_500_000_000
-# Tokens of a long prompt that are worked on at a time. Many are faster on a card, few need less memory; on a
-# CPU more than PIECE are no faster, and Stop waits for them.
-PIECES = (128, 256, 512, 1024)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What is free, in bytes: on each card, and of RAM."""
-
-    cards: tuple[int, ...]
-    ram: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What is asked for, in the words of EngineSpec.
-
-    device: "auto", "cpu", "cuda", "cuda:N" or "mixed". context: tokens that the KV cache must hold.
-    layers_on_gpu: how many, None for as many as fit. vram_reserve: bytes of each card to leave to others.
-    head_bits: 8 for an output head that is quantised by itself. kv_cache: what keys and values are kept in,
-    "fp16", "bf16", "int8", or "auto" and "fp32" for what a layer computes in. prefill_piece: tokens of a
-    prompt to read at a time, 0 for the plan's choice.
-    """
-
-    device: str = "auto"
-    context: int = 2048
-    layers_on_gpu: int | None = None
-    vram_reserve: int = 500_000_000
-    head_bits: int = 16
-    kv_cache: str = "auto"
-    prefill_piece: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("context", 1), ("layers_on_gpu", 0), ("vram_reserve", 0), ("prefill_piece", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InvalidInput("out_of_bounds", name=name, value=value, low=least, high="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +96,9 @@ def _with_piece(size: ModelSize, machine: Machine, request: PlanRequest) -> Plan
         return _settled(size, machine, request, {}, "cpu_asked" if machine.cards else "no_card")
     if request.device.startswith("cuda"):
         return _settled(size, machine, request, {names[0]: size.layers}, "card_asked")
-    counts = _fill_well(size, request, {name: budget(machine, request, name) for name in names})
+    counts = fill(size, request, {name: budget(machine, request, name) for name in names})
     if request.layers_on_gpu is not None:
-        counts = _cut(counts, min(request.layers_on_gpu, size.layers), names[0])
+        counts = exactly(counts, min(request.layers_on_gpu, size.layers), names[0])
     return _settled(size, machine, request, counts, _why(counts, size.layers))
 
 
@@ -157,74 +116,12 @@ def _cards(machine: Machine, request: PlanRequest) -> list[str]:
     raise InvalidInput("device_missing", device=request.device, available=", ".join([*names, CPU]))
 
 
-def budget(machine: Machine, request: PlanRequest, device: str) -> int:
-    """Bytes of a device that may be taken; below 0 where others have taken the reserve."""
-    if device == CPU:
-        return machine.ram
-    return machine.cards[int(device.partition(":")[2])] - CUDA_CONTEXT - request.vram_reserve
-
-
-def _fill(size: ModelSize, request: PlanRequest, rooms: Mapping[str, int]) -> dict[str, int]:
-    """How many layers each card takes, the first one the head too. One without room is left out."""
-    counts: dict[str, int] = {}
-    for name, room in rooms.items():
-        if count := _most(size, request, name, sum(counts.values()), room):
-            counts[name] = count
-    return counts
-
-
-def _most(size: ModelSize, request: PlanRequest, device: str, first: int, room: int) -> int:
-    """How many layers, from `first` on, a card has room for; layer 0 comes with the head."""
-    return longest(
-        lambda count: _need(size, request, device, range(first, first + count), first == 0) <= room,
-        size.layers - first,
-    )
-
-
-def _fill_well(size: ModelSize, request: PlanRequest, rooms: Mapping[str, int]) -> dict[str, int]:
-    """The same; where all layers are on several cards, as they lie for the longest context of which that is
-    true. A first card that is filled to its brim would leave a conversation no room to grow."""
-    counts = _fill(size, request, rooms)
-    if len(counts) < 2 or sum(counts.values()) < size.layers:
-        return counts
-
-    def holds(context: int) -> bool:
-        return sum(_fill(size, replace(request, context=context), rooms).values()) == size.layers
-
-    context = longest(holds, max(request.context, size.positions))
-    return _fill(size, replace(request, context=context), rooms)
-
-
-def longest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, where all smaller ones do too; 0 for none."""
-    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
-
-
-def _cut(counts: Mapping[str, int], wanted: int, first: str) -> dict[str, int]:
-    """Exactly `wanted` layers on cards: where there is room first, and what has none on the first card."""
-    cut: dict[str, int] = {}
-    for name, count in counts.items():
-        cut[name] = min(count, wanted - sum(cut.values()))
-    if missing := wanted - sum(cut.values()):
-        first = next(iter(cut), first)
-        cut[first] = cut.get(first, 0) + missing
-    return {name: count for name, count in cut.items() if count}
-
-
 def _why(counts: Mapping[str, int], layers: int) -> str:
     if not counts:
         return "card_too_small"
     if sum(counts.values()) < layers:
         return "spread"
     return "one_card" if len(counts) == 1 else "several_cards"
-
-
-def _need(size: ModelSize, request: PlanRequest, device: str, layers: range, with_head: bool) -> int:
-    """Bytes that neighbouring layers take on a device, with what working on them takes."""
-    cache = len(layers) * size.cache_bytes(device, request.context, request.kv_cache)
-    head = size.head_bytes(device, request.head_bits) if with_head else 0
-    scratch = size.scratch_bytes(device, request.context, request.kv_cache, request.prefill_piece)
-    return size.layers_bytes(device, layers) + cache + head + scratch
 
 
 def bytes_on(size: ModelSize, request: PlanRequest, counts: Mapping[str, int]) -> dict[str, int]:
@@ -234,7 +131,7 @@ def bytes_on(size: ModelSize, request: PlanRequest, counts: Mapping[str, int]) -
     first = 0
     for name, count in counts.items():
         layers = range(first, first + count)
-        on[name] = on.get(name, 0) + _need(size, request, name, layers, name == head)
+        on[name] = on.get(name, 0) + need(size, request, name, layers, name == head)
         first += count
     return on
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from glmui.memory.model_size import ModelSize
-from glmui.memory.plan import GIB, Machine
+from glmui.memory.plan_request import GIB, Machine
 from glmui.memory.published import SHAPES
 from glmui.types import EngineSpec
 

@@ -44,7 +44,7 @@ def _values(folder: str) -> Mapping[str, Any]:
 
 
 def forms_of(values: Mapping[str, Any]) -> Forms:
-    """What glmui's own keys in a config.json say (quantising/folder.py writes them)."""
+    """What glmui's own keys in a config.json say (quantizing/folder.py writes them)."""
     told = values.get("quantization_bits")
     named = told.items() if isinstance(told, dict) else ()
     bits = {

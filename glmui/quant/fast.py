@@ -12,7 +12,7 @@ from glmui.quant.kernels.cpu import Kernels, Numerics, Packed, fits
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.mapped import release
 from glmui.quant.packed_file import PackedLayer
-from glmui.quant.packing import quantise
+from glmui.quant.packing import quantize_weight
 from glmui.quant.swap import HEADS
 
 # Up to so many rows the half head's kernel, which reads its weights once, beats widening them for torch.
@@ -106,6 +106,6 @@ def pack_layer(layer: QuantizedLinear, kernels: Kernels) -> PackedLayer:
 
 def pack_head(head: nn.Linear, kernels: Kernels) -> PackedLayer:
     """A float16 head in 8 bits and in the kernels' order."""
-    stored, scale = quantise(head.weight.detach(), 8)
+    stored, scale = quantize_weight(head.weight.detach(), 8)
     release(head.weight)  # the embedding, too: what of it is needed comes back row by row
     return PackedLayer(kernels.pack(stored, scale, 8, head.in_features), None)

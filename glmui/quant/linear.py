@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmui.errors import InvalidInput
-from glmui.quant.packing import dequantise, planes, quantise, rows_of, scaled
+from glmui.quant.packing import dequantize_weight, planes, quantize_weight, rows_of, scaled
 
 # Weights widened at a time on a card: each operation takes a while to start there, so fewer and larger ones.
 CARD_BLOCK = 1 << 24
@@ -75,10 +75,11 @@ class QuantizedLinear(nn.Module):
     ) -> QuantizedLinear:
         """The quantised form of a linear layer; on the meta device, one of the right shapes.
 
-        wide: see packing.quantise. Raises InvalidInput when group_size does not divide the layer's width.
+        wide: see packing.quantize_weight. Raises InvalidInput when group_size does not divide the layer's
+        width.
         """
         check_group_size(linear.in_features, bits, group_size)
-        weight, scale = quantise(linear.weight.detach(), bits, group_size, wide)
+        weight, scale = quantize_weight(linear.weight.detach(), bits, group_size, wide)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(linear.in_features, linear.out_features, bits, weight, scale, bias)
 
@@ -108,14 +109,14 @@ class QuantizedEmbedding(nn.Module):
     def of(cls, embedding: nn.Embedding, bits: int, group_size: int | None = None) -> QuantizedEmbedding:
         """The quantised form of an embedding. Raises InvalidInput like QuantizedLinear.of."""
         check_group_size(embedding.embedding_dim, bits, group_size)
-        weight, scale = quantise(embedding.weight.detach(), bits, group_size)
+        weight, scale = quantize_weight(embedding.weight.detach(), bits, group_size)
         return cls(embedding.embedding_dim, bits, weight, scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → vectors [..., size] in the scale's dtype."""
         flat = ids.flatten()
         rows = self.weight[flat], self.weight_scale[flat]
-        vectors = dequantise(*rows, self.weight_bit_width, self.embedding_dim, self.weight_scale.dtype)
+        vectors = dequantize_weight(*rows, self.weight_bit_width, self.embedding_dim, self.weight_scale.dtype)
         return vectors.view(*ids.shape, self.embedding_dim)
 
     def head(self) -> QuantizedLinear:

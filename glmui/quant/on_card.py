@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from glmui.quant.kernels.cuda.native import MOST_ROWS, CardKernels
 from glmui.quant.linear import QuantizedLinear
 from glmui.quant.mapped import release
-from glmui.quant.packing import quantise, rows_of
+from glmui.quant.packing import quantize_weight, rows_of
 
 # Bytes on each card to widen weights into, which plans count (memory/model_size.py): half of ChatGLM-6B's
 # largest matrix. A large card's many processors are busy with a whole matrix only, so where torch may take as
@@ -62,6 +64,10 @@ class CardLinear(QuantizedLinear):
         layer.weight, layer.weight_scale, layer.bias = kept
         layer.whole = self.whole
         return layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLinear:
+        """The plain layer's copy: kernels and scratch are no values, and stay with the model they serve."""
+        return deepcopy(self.plain(), memo)
 
     def _in_slices(self, x: Tensor) -> Tensor:
         room = self._scratch.rows(self.in_features, x.dtype)
@@ -149,6 +155,6 @@ def head_in_int8(head: nn.Linear, device: torch.device) -> QuantizedLinear:
     step = rows_of(columns)
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        stored[block], scale[block] = quantise(head.weight[block].detach().to(device), 8)
+        stored[block], scale[block] = quantize_weight(head.weight[block].detach().to(device), 8)
     release(head.weight)
     return QuantizedLinear(columns, rows, 8, stored, scale)

@@ -18,7 +18,7 @@ from torch import Tensor
 BLOCK = 1 << 20
 
 
-def pack(q: Tensor) -> Tensor:
+def pack_int4(q: Tensor) -> Tensor:
     """INT4 values [rows, columns] int8 → bytes [rows, ceil(columns / 2)] int8."""
     if q.shape[-1] % 2:
         q = torch.nn.functional.pad(q, (0, 1))
@@ -32,12 +32,12 @@ def planes(stored: Tensor, bits: int) -> tuple[Tensor, ...]:
     return (stored,) if bits == 8 else (stored >> 4, (stored << 4) >> 4)
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack_int4(packed: Tensor) -> Tensor:
     """Bytes [rows, n] int8 → INT4 values [rows, 2n] int8, -8..7."""
     return torch.stack(planes(packed, 4), dim=-1).flatten(-2)
 
 
-def quantise(
+def quantize_weight(
     weight: Tensor, bits: int, group_size: int | None = None, wide: bool = True
 ) -> tuple[Tensor, Tensor]:
     """A float matrix [rows, columns] → (stored int8, scale in the matrix's dtype).
@@ -58,7 +58,7 @@ def quantise(
         divisor = scale.masked_fill(scale == 0, 1)[..., None]
         quotient = groups.float() / divisor.float() if wide else groups / divisor
         q = quotient.round_().clamp_(-limit, limit).to(torch.int8).flatten(1)
-        stored.append(pack(q) if bits == 4 else q)
+        stored.append(pack_int4(q) if bits == 4 else q)
         scales.append(scale if group_size else scale[:, 0])
     return torch.cat(stored), torch.cat(scales)
 
@@ -69,9 +69,9 @@ def _shapes(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, 
     return stored, weight.new_empty(rows, columns // group_size) if group_size else weight.new_empty(rows)
 
 
-def dequantise(stored: Tensor, scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(stored: Tensor, scale: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The matrix [rows, columns] that stored bytes and their scale stand for, rounded to `dtype`."""
-    return scaled(unpack(stored)[:, :columns] if bits == 4 else stored, scale, dtype)
+    return scaled(unpack_int4(stored)[:, :columns] if bits == 4 else stored, scale, dtype)
 
 
 def scaled(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

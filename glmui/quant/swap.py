@@ -30,8 +30,8 @@ def quantize(
     which is nearly as fast. It means nothing on a CPU. quantization_embeddings: also the word embeddings and
     the output head, which are left alone otherwise. group_size: columns that share a scale; None is one scale
     per row, as published, and must be left None for a checkpoint others can read. wide: False rounds as
-    ChatGLM2 and 3 do; see packing.quantise. Layers that are quantised already keep their weights. A model
-    that has a method layers_changed (as ours for transformers have) is told by it.
+    ChatGLM2 and 3 do; see packing.quantize_weight. Layers that are quantised already keep their weights. A
+    model that has a method layers_changed (as ours for transformers have) is told by it.
     Raises InvalidInput for other bit widths, or a group size that does not divide a layer's width.
     """
     if weight_bit_width not in (4, 8):
@@ -39,7 +39,7 @@ def quantize(
     embeddings, heads = _embeddings(model), _heads(model)
     wanted = [m for m in model.modules() if type(m) is nn.Linear and m not in heads]
     if quantization_embeddings:
-        _quantise_embeddings(model, embeddings, heads, weight_bit_width, group_size)
+        _quantize_embeddings(model, embeddings, heads, weight_bit_width, group_size)
     places = _places(model)
     while wanted:
         linear = wanted.pop(0)  # the list must not keep a replaced layer's weight alive
@@ -87,7 +87,7 @@ def _named(model: nn.Module, question: str) -> nn.Module | None:
     return ask() if ask else None
 
 
-def _quantise_embeddings(
+def _quantize_embeddings(
     model: nn.Module,
     embeddings: list[nn.Embedding],
     heads: list[nn.Module],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from glmui.bench import random_model
 from glmui.errors import InvalidInput
-from glmui.memory.plan import GIB
+from glmui.memory.plan_request import GIB
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.tools.bench_results import missing_lines, table
 from glmui.tools.chat import Terminal, find_model

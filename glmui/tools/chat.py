@@ -29,6 +29,7 @@ from glmui.outlook import Rooms, foreseer
 from glmui.prompts import Limits
 from glmui.settings import Settings, make_data_folder, spec_of
 from glmui.text import open_counter
+from glmui.tools.aligned import columns_of
 from glmui.types import ChatEngine, ChatSettings, Chunk, GenerationParams, Message, Progress, TokenCounter
 
 
@@ -161,7 +162,7 @@ class Terminal:
         self._wipe()
         self._err.write(line)
         self._err.flush()
-        self._shown = sum(2 if ord(character) > 0x2E80 else 1 for character in line)  # columns
+        self._shown = columns_of(line)
 
     def _wipe(self) -> None:
         if self._shown:

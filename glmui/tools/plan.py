@@ -18,7 +18,8 @@ from glmui.hub import installed
 from glmui.memory.fitting import longest_context, most_tokens, request_of
 from glmui.memory.forecast import Row, explain, machine_of
 from glmui.memory.model_size import CPU, ModelSize
-from glmui.memory.plan import CUDA_CONTEXT, GIB, Machine, Plan, plan
+from glmui.memory.plan import Plan, plan
+from glmui.memory.plan_request import CUDA_CONTEXT, GIB, Machine
 from glmui.memory.published import SHAPES
 from glmui.memory.sizing import size_of
 from glmui.meter import Meter

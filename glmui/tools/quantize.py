@@ -9,13 +9,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from glmui.engine.own_process import begin, messages
-from glmui.quantising.job import Job
-from glmui.quantising.new_folder import sweep
+from glmui.quantizing.job import QuantizeJob
+from glmui.quantizing.new_folder import sweep
 from glmui.tools.chat import Terminal
 from glmui.tools.quantize_results import Results, Say, table
 
 
-def run(job: Job, language: str, as_json: bool = False) -> int:
+def run(job: QuantizeJob, language: str, as_json: bool = False) -> int:
     """Do the job, then print what came of it; the exit code.
 
     Raises GlmuiError; then, as after Ctrl+C, nothing half made is left.
@@ -31,7 +31,7 @@ def run(job: Job, language: str, as_json: bool = False) -> int:
     return 0
 
 
-def _listen(job: Job, terminal: Terminal) -> Results:
+def _listen(job: QuantizeJob, terminal: Terminal) -> Results:
     """Start the working process, and take what it tells until it is done."""
     results, clock = Results(job), _Clock(terminal.words)
     try:
@@ -46,10 +46,10 @@ def _listen(job: Job, terminal: Terminal) -> Results:
     return results
 
 
-def _work(connection: Connection, job: Job) -> None:
+def _work(connection: Connection, job: QuantizeJob) -> None:
     """Entry of that process. Torch is imported here, after what it reads from the environment is set."""
     begin()
-    from glmui.quantising.run import run as do
+    from glmui.quantizing.run import run as do
 
     do(connection, job)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmui.quantising.job import Job
+from glmui.quantizing.job import QuantizeJob
 from glmui.tools.aligned import aligned
 
 Say = Callable[..., str]  # a text by its key, without "cli.", its values by name
@@ -20,7 +20,7 @@ class Results:
     and the fields of compare.Agreement, of the result and of what it could have been.
     """
 
-    job: Job
+    job: QuantizeJob
     size: int = 0
     source_size: int = 0
     seconds: float = 0.0
@@ -28,7 +28,7 @@ class Results:
     compared: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, kind: str, **values: Any) -> None:
-        """Keep what the working process says; see quantising.run."""
+        """Keep what the working process says; see quantizing.run."""
         if kind == "chosen":
             self.chosen.append(values)
         elif kind == "written":

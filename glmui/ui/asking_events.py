@@ -19,7 +19,7 @@ from glmui.ui.desk import Desk
 Updates = Any  # one value, or a tuple with one for each output
 
 
-def told(method: Callable[..., Updates]) -> Callable[..., Updates]:
+def as_notice(method: Callable[..., Updates]) -> Callable[..., Updates]:
     """An error for the reader becomes a notice on the page, and nothing else changes."""
 
     @wraps(method)
@@ -40,7 +40,7 @@ class AskingEvents:
         self.words = words
         self.language = words.language
 
-    @told
+    @as_notice
     def send(self, current: str, text: str, tab: str, *values: Any) -> Updates:
         """The message goes out. Where memory lacks room for it, it stays in the box, with what would help."""
         settings = settings_area.gather(values)
@@ -51,38 +51,38 @@ class AskingEvents:
                 raise
             return gr.skip(), gr.update(placeholder=error.message(self.language)), ""
         if outlook:
-            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.language)
+            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.words)
         return self._sent(current, text, tab, settings)
 
     def _sent(self, current: str, text: str, tab: str, settings: ChatSettings, once: Once = USUAL) -> Updates:
         sent = self.desk.send(current, text, settings, tab, once)
         return sent, gr.update(value="", placeholder=self.words("chat.placeholder")), ""
 
-    @told
+    @as_notice
     def take_offer(self, event: gr.EventData, current: str, text: str, tab: str, *values: Any) -> Updates:
         """What was chosen is done where it still helps: text, settings and memory may be others by now."""
         if event.act == "cancel":
             return gr.skip(), gr.skip(), ""
-        if event.wish:
-            wish: Again = "regenerate" if event.wish == "regenerate" else "resume"
+        if asked := getattr(event, "wish", ""):  # a tab from before an update tells no wish
+            wish: Again = "regenerate" if asked == "regenerate" else "resume"
             return gr.skip(), gr.skip(), self._again(wish, current, tab, event.act)
         settings = settings_area.gather(values)
         outlook = self.desk.outlook(current, text, settings, tab)
         if outlook is None:
             return self._sent(current, text, tab, settings)
         if not _is_offered(event.act, outlook):
-            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.language)
+            return gr.skip(), gr.skip(), present_outlook.offers(outlook, self.words)
         return self._sent(current, text, tab, settings, self.desk.take_offer(event.act, outlook))
 
-    @told
+    @as_notice
     def stop(self, current: str) -> None:
         self.desk.service.stop(current)
 
-    @told
+    @as_notice
     def regenerate(self, current: str, tab: str) -> Updates:
         return self._again("regenerate", current, tab)
 
-    @told
+    @as_notice
     def resume(self, current: str, tab: str) -> Updates:
         return self._again("resume", current, tab)
 
@@ -91,13 +91,13 @@ class AskingEvents:
         act: what was chosen of that."""
         once, outlook = USUAL, self.desk.outlook_again(current, wish)
         if outlook and not _is_offered(act, outlook):
-            return present_outlook.offers(outlook, self.language, wish)
+            return present_outlook.offers(outlook, self.words, wish)
         if outlook:
             once = self.desk.take_offer(act, outlook)
         self.desk.again(current, wish, tab, once)
         return ""
 
-    @told
+    @as_notice
     def show_version(self, current: str, event: gr.EventData) -> None:
         self.desk.show_version(current, event.step)
 

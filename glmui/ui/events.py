@@ -19,7 +19,7 @@ from glmui.i18n import Words
 from glmui.meter import Reading
 from glmui.types import ChatSettings
 from glmui.ui import present, present_doctor, present_models, present_outlook, present_plan, settings_area
-from glmui.ui.asking_events import AskingEvents, told
+from glmui.ui.asking_events import AskingEvents, as_notice
 from glmui.ui.desk import PAGE_OF_MESSAGES, Desk, View
 from glmui.ui.memory_events import CONTROLS, MemoryEvents
 
@@ -42,7 +42,7 @@ class Events:
         settings = self.desk.service.settings_of(conversation_id) if conversation_id else ChatSettings()
         return (conversation_id, PAGE_OF_MESSAGES, *settings_area.spread(settings))
 
-    @told
+    @as_notice
     def opened(self, wished: str, tab: str, width: int) -> Updates:
         return (
             *self._here(self.desk.open_conversation(wished)),
@@ -61,25 +61,25 @@ class Events:
             chosen.quantize, chosen.threads, chosen.idle_minutes, *self.memory.controls(),
         )  # fmt: skip
 
-    @told
+    @as_notice
     def new(self) -> Updates:
         return self._here("")
 
-    @told
+    @as_notice
     def select(self, event: gr.EventData) -> Updates:
         return self._here(event.id)
 
-    @told
+    @as_notice
     def rename(self, event: gr.EventData) -> None:
         self.desk.service.rename(event.id, event.title)
 
-    @told
+    @as_notice
     def delete(self, current: str, deleted: str, event: gr.EventData) -> Updates:
         self.desk.service.delete(event.id)
         here = self._here("") if event.id == current else (gr.skip(),) * (2 + len(settings_area.NAMES))
         return f"{event.id} {deleted}", gr.update(visible=True), *here
 
-    @told
+    @as_notice
     def undo(self, deleted: str) -> Updates:
         """Bring back what was deleted last; `deleted` holds the ids, newest first."""
         newest, _, others = deleted.partition(" ")
@@ -116,22 +116,22 @@ class Events:
             present.versions(None if view.live else last, self.words),
             gr.update(visible=view.can_continue),
             gr.update(visible=bool(view.messages) and not view.live),
-            gr.skip() if view.live else present_outlook.room(view.left, self.language),
+            gr.skip() if view.live else present_outlook.room(view.left, self.words),
         )
 
     def _room(self, current: str) -> Updates:
         if self.desk.service.live(current):
             return gr.skip()  # it is told anew when the reply has ended
-        return present_outlook.room(self.desk.room_left(current), self.language)
+        return present_outlook.room(self.desk.room_left(current), self.words)
 
     # Settings
 
-    @told
+    @as_notice
     def keep_settings(self, current: str, *values: Any) -> None:
         if current:
             self.desk.service.set_settings(current, settings_area.gather(values))
 
-    @told
+    @as_notice
     def reset(self, current: str) -> Updates:
         if current:
             self.desk.service.set_settings(current, ChatSettings())
@@ -140,7 +140,7 @@ class Events:
     def choose(self, name: str) -> Callable[[Any], None]:
         """The handler of one control: it changes one setting and leaves the others as they are."""
 
-        @told
+        @as_notice
         def change(self: Events, value: Any) -> None:
             self.desk.choose(**{name: value})
 
@@ -150,13 +150,13 @@ class Events:
         """The handler that shows one setting as it is."""
         return lambda: getattr(self.desk.choice.settings, name)
 
-    @told
+    @as_notice
     def keep_layers(self, layers: float | None, fit: bool = False) -> Updates:
         """So many layers on the card as the slider says, or as fit, which it then shows."""
         self.desk.choose(layers_on_gpu=None if fit else present_plan.whole(layers))
         return self.memory.slider()
 
-    @told
+    @as_notice
     def use_folder(self, folder: str) -> Updates:
         self.desk.choose(model=folder.strip().strip('"'))
         chosen = self.desk.choice.settings.model
@@ -164,11 +164,11 @@ class Events:
 
     # Models
 
-    @told
+    @as_notice
     def act(self, event: gr.EventData) -> None:
         self.desk.shelf.act(event.act, event.name, event.values)
 
-    @told
+    @as_notice
     def act_and_choose(self, event: gr.EventData) -> None:
         """The welcome's buttons: the model that comes is to be used."""
         self.desk.shelf.act(event.act, event.name, event.values, choose=True)
@@ -252,12 +252,12 @@ class Events:
 
     def _aside(self) -> str:
         downloads = self.desk.shelf.downloads
-        return present_models.aside(downloads.running, downloads.paused, self.language)
+        return present_models.aside(downloads.running, downloads.paused, self.words)
 
     def _shelf(self, seen: str, reading: Reading) -> tuple[Updates, ...]:
         """The Models area and the welcome, where either has changed."""
         look = self.desk.shelf.look(reading)
-        models = present_models.models(look, self.language)
-        welcome = present_models.welcome(look, self.language)
+        models = present_models.models(look, self.words)
+        welcome = present_models.welcome(look, self.words)
         news = md5((models + welcome).encode(), usedforsecurity=False).hexdigest()
         return (gr.skip(),) * 3 if news == seen else (models, welcome, news)

@@ -73,15 +73,14 @@ class MemoryEvents:
         """Give the model's memory back, and tell of it with the numbers before and after."""
         yield present_plan.spoken([self._words("settings.freeing")])
         freed = self._memory.free()
-        yield present_plan.spoken(present_plan.freed(freed, self._words.language))
+        yield present_plan.spoken(present_plan.freed(freed, self._words))
 
     def _told(self, layers: int | None, spoken: bool = False) -> tuple[str, str]:
         """The line and the table; nothing for a model that no plan knows."""
-        language = self._words.language
         try:
             prospect = self._memory.prospect(layers)
         except GlmuiError as error:
-            return present_plan.trouble(error.message(language)), ""
+            return present_plan.trouble(error.message(self._words.language)), ""
         if prospect is None:
             return "", ""
-        return present_plan.line(prospect, language, spoken), present_plan.table(prospect, language)
+        return present_plan.line(prospect, self._words, spoken), present_plan.table(prospect, self._words)

@@ -9,24 +9,25 @@ from glmui import i18n
 from glmui.downloads import Task
 from glmui.hub.catalogue import Licence, Offer
 from glmui.hub.get import Removed
+from glmui.i18n import Words
 from glmui.ui.inventory import FIRST, Entry, Look, Need
 from glmui.ui.model_words import amount, label, room, stage
 from glmui.ui.present import FULL, size, when
 
 
 class Cards:
-    """Makes the cards of one look in one language. area: begins the ids of what they hold."""
+    """Makes the cards of one look. area: begins the ids of what they hold."""
 
-    def __init__(self, area: str, look: Look, language: str) -> None:
+    def __init__(self, area: str, look: Look, words: Words) -> None:
         self.area = area
         self.look = look
-        self.language = language
+        self.words = words
         self.running = look.task if look.task and not look.task.ended else None
         self.off = " disabled" if self.running else ""  # one thing at a time
 
     def say(self, key: str, **values: object) -> str:
         """A text ready to stand in HTML."""
-        return escape(i18n.text(self.language, key, **values))
+        return escape(self.words(key, **values))
 
     def row(self, entry: Entry, heading: str = "h4", recommended: bool = False) -> str:
         """One model. heading: the element of its name."""
@@ -34,7 +35,7 @@ class Cards:
         if task and (task.name != entry.name or task.kind == "import"):
             task = None
         busy = task is not None and task is self.running
-        name = escape(label(entry.name, self.language))
+        name = escape(label(entry.name, self.words))
         parts = [
             f'<div class="head"><{heading}>{name}</{heading}>{self._tag(entry, recommended)}</div>',
             self._about(entry),
@@ -55,7 +56,7 @@ class Cards:
 
     def _about(self, entry: Entry) -> str:
         key = f"models_about.{entry.name}"
-        return f"<p>{self.say(key)}</p>" if key in i18n.table(self.language) else ""
+        return f"<p>{self.say(key)}</p>" if key in i18n.table(self.words.language) else ""
 
     def _facts(self, entry: Entry) -> str:
         facts = self._facts_here(entry) if entry.model else self._facts_there(entry)
@@ -112,7 +113,7 @@ class Cards:
 
     def _state(self, entry: Entry) -> str:
         if entry.model and entry.model.problem:
-            return self._trouble(entry.model.problem.message(self.language))
+            return self._trouble(entry.model.problem.message(self.words.language))
         if entry.model:
             return self._check(entry.name)
         return self._half(entry) if entry.state == "half" else ""
@@ -123,9 +124,9 @@ class Cards:
         if task is None:
             return ""
         if not task.problems:
-            words = self.say("shelf.whole", time=when(task.ended, i18n.Words(self.language)))
+            words = self.say("shelf.whole", time=when(task.ended, self.words))
             return f'<p class="fine" role="status">{words}</p>'
-        return "".join(self._trouble(problem.message(self.language)) for problem in task.problems)
+        return "".join(self._trouble(problem.message(self.words.language)) for problem in task.problems)
 
     def _half(self, entry: Entry) -> str:
         total = entry.offer.download_gb * 1e9 if entry.offer else 0
@@ -140,15 +141,15 @@ class Cards:
     def task(self, task: Task) -> str:
         """How far it is, with what can be done about it; or why it failed."""
         if task.ended:
-            return self._trouble(task.error.message(self.language)) if task.error else ""
+            return self._trouble(task.error.message(self.words.language)) if task.error else ""
         buttons = ""
         if self.look.paused:
             buttons = self.button("resume", "shelf.continue", "primary")
         elif task.progress.stage == "fetching" and task.progress.total:
             buttons = self.button("pause", "shelf.pause")
         buttons += "" if task.cancelled else self.button("cancel", "shelf.cancel")
-        told = "" if self.look.paused else escape(amount(task.progress, self.language))
-        words = escape(stage(task, self.look.paused, self.language))
+        told = "" if self.look.paused else escape(amount(task.progress, self.words))
+        words = escape(stage(task, self.look.paused, self.words))
         return self._bar(words, told, task.progress.fraction) + _acts(buttons)
 
     def _bar(self, words: str, told: str, fraction: float | None) -> str:
@@ -196,7 +197,7 @@ class Cards:
 
     def removed(self, gone: Removed) -> str:
         """A line for a model in the trash."""
-        words = self.say("shelf.removed", name=label(gone.name, self.language), size=size(gone.size))
+        words = self.say("shelf.removed", name=label(gone.name, self.words), size=size(gone.size))
         return (
             f'<div class="removed" data-name="{escape(gone.name)}"><span>{words}</span>'
             f"{self.button('restore', 'shelf.undo')}</div>"
@@ -216,7 +217,7 @@ class Cards:
 
     def _acceptance(self, offer: Offer) -> str:
         """The licence and its tick box, on a card over the page; its form says "get"."""
-        name = escape(label(offer.name, self.language))
+        name = escape(label(offer.name, self.words))
         host = escape(urlsplit(offer.licence.link).hostname or "")
         much = _gigabytes(offer.download_gb)
         return (

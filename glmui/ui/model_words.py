@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from glmui import i18n
 from glmui.downloads import Task
+from glmui.i18n import Words
 from glmui.types import Progress
 from glmui.ui.inventory import Look
 from glmui.ui.present import model_name, size
 
 
-def label(name: str, language: str) -> str:
+def label(name: str, say: Words) -> str:
     """A model as people call it."""
-    return i18n.table(language).get(f"models.{name}") or model_name(name)
+    return i18n.table(say.language).get(f"models.{name}") or model_name(name)
 
 
-def stage(task: Task, paused: bool, language: str) -> str:
+def stage(task: Task, paused: bool, say: Words) -> str:
     """What is being done, with how much of it is done where that is known."""
-    say = partial(i18n.text, language)
     if task.cancelled:
         return say("shelf.ending")
     fraction = task.progress.fraction
@@ -26,20 +24,19 @@ def stage(task: Task, paused: bool, language: str) -> str:
     return words if fraction is None else f"{words} {fraction:.0%}"
 
 
-def amount(progress: Progress, language: str) -> str:
+def amount(progress: Progress, say: Words) -> str:
     """How much has come, how fast, and how long it will take; "" where nothing is transferred."""
     if progress.stage != "fetching" or not progress.total:
         return ""
-    parts = [i18n.text(language, "shelf.of", done=size(progress.done), total=size(progress.total))]
+    parts = [say("shelf.of", done=size(progress.done), total=size(progress.total))]
     if progress.per_second > 0:
         parts.append(f"{size(int(progress.per_second))}/s")
-        parts.append(time_left((progress.total - progress.done) / progress.per_second, language))
+        parts.append(time_left((progress.total - progress.done) / progress.per_second, say))
     return " · ".join(parts)
 
 
-def time_left(seconds: float, language: str) -> str:
+def time_left(seconds: float, say: Words) -> str:
     """A duration as people say it: under a minute, minutes, hours."""
-    say = partial(i18n.text, language)
     if seconds < 60:
         return say("shelf.left_seconds")
     if seconds < 90 * 60:
@@ -47,9 +44,8 @@ def time_left(seconds: float, language: str) -> str:
     return say("shelf.left_hours", hours=f"{seconds / 3600:.1f}")
 
 
-def computer(look: Look, language: str) -> str:
+def computer(look: Look, say: Words) -> str:
     """One line: the memory and disk of this computer."""
-    say = partial(i18n.text, language)
     memory = look.memory
     parts = []
     if memory.ram_used is not None and memory.ram_total:

@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from html import escape
 
 from glmui.downloads import Task
+from glmui.i18n import Words
 from glmui.ui.inventory import FIRST, Look
 from glmui.ui.model_cards import Cards
 from glmui.ui.model_words import computer, label, stage
 from glmui.ui.shelf import QUANTIZE
 
 
-def models(look: Look, language: str) -> str:
+def models(look: Look, words: Words) -> str:
     """The Models area: this computer, what is here, what can be had, a folder of one's own."""
-    cards = Cards("models", look, language)
+    cards = Cards("models", look, words)
     say = cards.say
     here = _list(cards.row(entry) for entry in look.here) or f"<p>{say('shelf.none_here')}</p>"
     offered = _list(cards.row(entry) for entry in sorted(look.offered, key=lambda entry: entry.name != FIRST))
@@ -22,16 +23,16 @@ def models(look: Look, language: str) -> str:
     return (
         f'<div class="shelf"><div class="head"><h2>{say("shelf.title")}</h2>'
         f'<button type="button" data-glmui="view:">{say("shelf.back")}</button></div>'
-        f"<p>{escape(computer(look, language))}</p>"
+        f"<p>{escape(computer(look, words))}</p>"
         f"<h3>{say('shelf.here')}</h3>{here}{removed}{_place(cards)}"
         + (f"<h3>{say('shelf.offered')}</h3>{offered}" if offered else "")
         + f'<h3 id="own-folder">{say("shelf.own")}</h3>{_own_folder(cards)}</div>'
     )
 
 
-def welcome(look: Look, language: str) -> str:
+def welcome(look: Look, words: Words) -> str:
     """The first start: ChatGLM-6B-INT4, the starter, what is here already, and the way to all the others."""
-    cards = Cards("welcome", look, language)
+    cards = Cards("welcome", look, words)
     say = cards.say
     first, starter = look.entry(FIRST), look.entry("starter")
     best = first if first and first.fits else starter
@@ -45,19 +46,19 @@ def welcome(look: Look, language: str) -> str:
     )
     return (
         f'<div class="shelf"><h2>{say("welcome.title")}</h2><p>{say("welcome.lead")}</p>'
-        f"<p>{escape(computer(look, language))}</p>{_list([*rows, own])}"
+        f"<p>{escape(computer(look, words))}</p>{_list([*rows, own])}"
         f'<div class="acts"><button type="button" data-glmui="view:models">{say("welcome.more")}</button>'
         "</div></div>"
     )
 
 
-def aside(task: Task | None, paused: bool, language: str) -> str:
+def aside(task: Task | None, paused: bool, say: Words) -> str:
     """What is being done, for the foot of the left side: it goes on while one chats."""
     if task is None:
         return ""
-    fraction, words = task.progress.fraction, stage(task, paused, language)
+    fraction, words = task.progress.fraction, stage(task, paused, say)
     part = words if paused or fraction is None else f"{fraction:.0%}"
-    name = escape(label(task.name, language))
+    name = escape(label(task.name, say))
     return (
         f'<div class="meter aside" title="{escape(words)}"><div class="bar calm"><span>{name}</span>'
         f'<span>{escape(part)}</span><div><i style="width:{fraction or 0:.0%}"></i></div></div></div>'

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import html
-from functools import partial
 from typing import Any
 
-from glmui import i18n
 from glmui.chat import Again
+from glmui.i18n import Words
 from glmui.outlook import Outlook, RoomLeft
 
 
-def room(left: RoomLeft | None, language: str) -> str:
+def room(left: RoomLeft | None, say: Words) -> str:
     """One line in terms of the conversation; nothing where it cannot be told."""
     if left is None:
         return ""
-    words = [i18n.text(language, "room.left", tokens=about(left.tokens))]
+    words = [say("room.left", tokens=about(left.tokens))]
     if left.for_room:
         key = "room.leaves_out_one" if left.for_room == 1 else "room.leaves_out"
-        words.append(i18n.text(language, key, rounds=left.for_room))
+        words.append(say(key, rounds=left.for_room))
     kind = " little" if left.little else ""
     return f'<p class="room{kind}">{html.escape(" · ".join(words))}</p>'
 
@@ -29,17 +28,16 @@ def about(tokens: int) -> str:
     return f"{tokens // step * step:,}"
 
 
-def offers(outlook: Outlook, language: str, wish: Again | None = None) -> str:
+def offers(outlook: Outlook, say: Words, wish: Again | None = None) -> str:
     """The panel above the box: what is wrong, and a button for each thing that helps. assets/offers.js gives
     it its life.
 
     wish: what was asked for where it was no new message; the answer to the panel names it.
     """
     again = "_again" if wish else ""
-    say = partial(i18n.text, language)
     words = say(f"offers.why{again}", needed=f"{outlook.needed:,}", room=f"{outlook.room:,}")
     leave = html.escape(say(f"offers.cancel{again}"))
-    buttons = "".join(_button(act, key, numbers, language) for act, key, numbers in acts(outlook))
+    buttons = "".join(_button(act, key, numbers, say) for act, key, numbers in acts(outlook))
     return (
         f'<section class="offers" role="dialog" data-wish="{wish or ""}" aria-labelledby="offers-title"'
         ' aria-describedby="offers-why">'
@@ -68,8 +66,6 @@ def acts(outlook: Outlook) -> list[tuple[str, str, dict[str, Any]]]:
     return found
 
 
-def _button(act: str, key: str, numbers: dict[str, Any], language: str) -> str:
-    does, costs = (
-        html.escape(i18n.text(language, f"offers.{name}", **numbers)) for name in (key, f"{act}_costs")
-    )
+def _button(act: str, key: str, numbers: dict[str, Any], say: Words) -> str:
+    does, costs = (html.escape(say(f"offers.{name}", **numbers)) for name in (key, f"{act}_costs"))
     return f'<button type="button" data-act="{act}"><b>{does}</b><small>{costs}</small></button>'

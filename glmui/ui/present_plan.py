@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from html import escape
 
-from glmui import i18n
+from glmui.i18n import Words
 from glmui.memory.fitting import context_that_fits, slow_context
 from glmui.memory.forecast import Forecast, advice, explain, rows_of, sentence
 from glmui.memory.model_size import CPU
-from glmui.memory.plan import CUDA_CONTEXT, budget
+from glmui.memory.plan_request import CUDA_CONTEXT, budget
 from glmui.ui.memory import Freed, Prospect
 from glmui.ui.present import size
 from glmui.ui.present_outlook import about
@@ -23,13 +22,13 @@ def whole(layers: float | None) -> int:
     return max(0, int(layers or 0))
 
 
-def line(prospect: Prospect, language: str, spoken: bool = False) -> str:
+def line(prospect: Prospect, say: Words, spoken: bool = False) -> str:
     """How much is on the card and what comes of it, and what to do where it does not fit.
 
     spoken: by screen readers, as the answer to their reader's own hand; what changes by itself is not.
     """
-    cure = _cure(prospect, language)
-    told = f"<p>{escape(_summary(prospect, language))}</p>" + (f"<p>{escape(cure)}</p>" if cure else "")
+    cure = _cure(prospect, say)
+    told = f"<p>{escape(_summary(prospect, say))}</p>" + (f"<p>{escape(cure)}</p>" if cure else "")
     return f'<div class="plan{" short" * bool(cure)}"{_SPOKEN * spoken}>{told}</div>'
 
 
@@ -38,10 +37,9 @@ def trouble(words: str) -> str:
     return f'<div class="plan short"><p>{escape(words)}</p></div>'
 
 
-def _summary(prospect: Prospect, language: str) -> str:
+def _summary(prospect: Prospect, say: Words) -> str:
     """How much is on the card, what that takes of what is free, and how long a conversation may get."""
-    say = partial(i18n.text, language)
-    parts = [_layers(prospect.found.plan.layers, language), _share(prospect, language)]
+    parts = [_layers(prospect.found.plan.layers, say), _share(prospect, say)]
     if prospect.short:
         parts.append(say("memory.short", size=size(max(prospect.short.values()))))
     if not prospect.short or prospect.found.plan.slow:
@@ -49,17 +47,17 @@ def _summary(prospect: Prospect, language: str) -> str:
     return " · ".join(parts)
 
 
-def _layers(devices: Sequence[str], language: str) -> str:
+def _layers(devices: Sequence[str], say: Words) -> str:
     on_cards = [device for device in devices if device != CPU]
     cards = len(set(on_cards))
     if not cards:
-        return i18n.text(language, "memory.on_cpu")
+        return say("memory.on_cpu")
     key = "memory.all_on_card" if len(on_cards) == len(devices) else "memory.on_card"
     key += "s" * (cards > 1)
-    return i18n.text(language, key, count=len(on_cards), layers=len(devices), cards=cards)
+    return say(key, count=len(on_cards), layers=len(devices), cards=cards)
 
 
-def _share(prospect: Prospect, language: str) -> str:
+def _share(prospect: Prospect, say: Words) -> str:
     """What it needs of what is free: on the cards where any is used, of RAM where only that is short."""
     plan = prospect.found.plan
     cards = [device for device in plan.on if device != CPU]
@@ -67,9 +65,7 @@ def _share(prospect: Prospect, language: str) -> str:
     used, beside = ([CPU], 0) if of_ram else (cards, CUDA_CONTEXT * len(cards))  # no plan counts CUDA itself
     need = sum(plan.on[device] for device in used) + beside
     free = sum(budget(plan.machine, plan.request, device) for device in used) + beside
-    return i18n.text(
-        language, "memory.ram" if of_ram else "memory.vram", need=_gb(need), free=_gb(max(0, free))
-    )
+    return say("memory.ram" if of_ram else "memory.vram", need=_gb(need), free=_gb(max(0, free)))
 
 
 def _gb(count: int) -> str:
@@ -77,44 +73,44 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.1f}" if count < 10e9 else f"{count // 10**9}"
 
 
-def _cure(prospect: Prospect, language: str) -> str:
+def _cure(prospect: Prospect, say: Words) -> str:
     """What to do where something is short; "" where nothing is."""
-    say = partial(i18n.text, language)
     if not prospect.short:
         return ""
     if set(prospect.short) == {CPU}:
-        return _cure_of_ram(prospect.found, language)
+        return _cure_of_ram(prospect.found, say)
     if not prospect.most:
         return say("memory.cure_card")
     by_hand = prospect.found.plan.request.device == "mixed"
     return say("memory.cure_layers" if by_hand else "memory.cure_mixed", most=prospect.most)
 
 
-def _cure_of_ram(found: Forecast, language: str) -> str:
+def _cure_of_ram(found: Forecast, say: Words) -> str:
     if fits := context_that_fits(found.size, found.machine, found.plan.request):
         key = "memory.cure_slow" if found.plan.slow else "memory.cure_context"
-        return i18n.text(language, key, tokens=about(fits))
+        return say(key, tokens=about(fits))
     if slow := slow_context(found.size, found.plan):
-        return i18n.text(language, "memory.cure_slow_if_shorter", tokens=about(slow))
-    return advice(found.plan, found.size, language)
+        return say("memory.cure_slow_if_shorter", tokens=about(slow))
+    return advice(found.plan, found.size, say.language)
 
 
 # The table
 
 
-def table(prospect: Prospect, language: str) -> str:
+def table(prospect: Prospect, say: Words) -> str:
     """Where each part is, or will be, and how much it takes there."""
-    say = partial(i18n.text, language)
     plan, model = prospect.found.plan, prospect.found.size
     several = len(plan.machine.cards) > 1
     rows = "".join(
         f'<tr><th scope="row">{escape(row.part)}</th><td>{_device(row.device, several)}</td>'
         f"<td>{row.size / 1e6:,.0f} MB</td></tr>"
-        for row in rows_of(plan, model, language)
+        for row in rows_of(plan, model, say.language)
     )
-    above = say("memory.now" if prospect.held else "memory.next", sentence=sentence(plan, model, language))
+    above = say(
+        "memory.now" if prospect.held else "memory.next", sentence=sentence(plan, model, say.language)
+    )
     cache = say("memory.cache", size=size(_cache(prospect.found)), tokens=f"{plan.request.context:,}")
-    notes = [cache, *([] if prospect.short else explain(plan, model, language).notes)]
+    notes = [cache, *([] if prospect.short else explain(plan, model, say.language).notes)]
     return f"<p>{escape(above)}</p><table><tbody>{rows}</tbody></table>" + "".join(
         f"<p>{escape(note)}</p>" for note in notes
     )
@@ -139,9 +135,8 @@ def spoken(sentences: Iterable[str]) -> str:
     return f"<div{_SPOKEN}>{''.join(f'<p>{escape(words)}</p>' for words in sentences)}</div>"
 
 
-def freed(freed: Freed | None, language: str) -> Iterator[str]:
+def freed(freed: Freed | None, say: Words) -> Iterator[str]:
     """What giving the memory back has changed, in sentences."""
-    say = partial(i18n.text, language)
     if freed is None:
         yield say("settings.nothing_loaded")
         return

@@ -21,7 +21,6 @@ SLIDERS = (
     ("repetition_penalty", *BOUNDS["repetition_penalty"], 0.05),
 )
 ROUNDS, TOKENS = (0, 50), (64, 8192)  # (lowest, highest) of what the model is shown
-ROUNDS, TOKENS = (0, 50), (64, 8192)  # (lowest, highest) of what the model is shown
 PARAMS = tuple(name for name, *_ in SLIDERS)
 NAMES = (*PARAMS, "history", "history_rounds", "history_tokens", "system")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glmui.quant.kernels.cpu.native import Kernels, Numerics
-from glmui.quant.packing import dequantise, pack
+from glmui.quant.packing import dequantize_weight, pack_int4
 
 # How far from float64 a result may be, relative to its norm: some times what is usual (docs/kernels.md).
 TOLERANCE: dict[Numerics, float] = {"exact": 3e-6, "balanced": 3e-4, "fast": 3e-2}
@@ -42,9 +42,9 @@ def _cases(kernels: Kernels) -> Iterator[tuple[float, float]]:
         for bits in (4, 8):
             limit = 2 ** (bits - 1) - 1
             q = torch.randint(-limit, limit + 1, (rows, columns), generator=random, dtype=torch.int8)
-            stored = pack(q) if bits == 4 else q
+            stored = pack_int4(q) if bits == 4 else q
             scale = torch.rand(rows, columns // (group_size or columns), generator=random) + 0.5
-            matrix = dequantise(stored, scale, bits, columns, torch.float64)
+            matrix = dequantize_weight(stored, scale, bits, columns, torch.float64)
             packed = kernels.pack(stored, scale, bits, columns)
             for x in _inputs(columns, random):
                 wanted = torch.nn.functional.linear(x.double(), matrix, bias.double())

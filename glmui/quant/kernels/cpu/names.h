@@ -34,12 +34,12 @@
 
 /* Functions template.h defines with them. */
 #define tile_exact NAME(tile_exact)
-#define tile_quantised NAME(tile_quantised)
+#define tile_quantized NAME(tile_quantized)
 #define tile NAME(tile)
 #define tiles NAME(tiles)
 #define multiply NAME(multiply)
 #define write_rows NAME(write_rows)
-#define quantise_block NAME(quantise_block)
+#define quantize_block NAME(quantize_block)
 #define whole_numbers NAME(whole_numbers)
 #define prepare NAME(prepare)
 #define half_tile NAME(half_tile)

@@ -18,7 +18,7 @@ typedef struct {
 } NAME(Tile);
 #define Tile NAME(Tile)
 
-INLINE void tile_quantised(const Tile *t, int bits, int rows, int parts) {
+INLINE void tile_quantized(const Tile *t, int bits, int rows, int parts) {
     VI acc[MAX_TILE][PARTS];
     UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int v = 0; v < parts; v++)
@@ -90,8 +90,8 @@ INLINE void tile(const Linear *l, Tile t, int rows) {
             if (l->bits == 4) tile_exact(&t, 4, rows, parts);
             else tile_exact(&t, 8, rows, parts);
         } else {
-            if (l->bits == 4) tile_quantised(&t, 4, rows, parts);
-            else tile_quantised(&t, 8, rows, parts);
+            if (l->bits == 4) tile_quantized(&t, 4, rows, parts);
+            else tile_quantized(&t, 8, rows, parts);
         }
         t.weight += 4 * LANES * parts, t.scale += LANES * parts;
         t.out = (float(*)[PANEL])(t.out[0] + LANES * parts);
@@ -173,7 +173,7 @@ INLINE float whole_numbers(const float *x, int n, int limit, int32_t *q) {
 }
 
 /* A block of a row of x as planes: q = high * BASE^2 + middle * BASE + low, as far as there are planes. */
-static void quantise_block(Inputs *in, size_t row, const float *x, int n) {
+static void quantize_block(Inputs *in, size_t row, const float *x, int n) {
     int32_t q[BLOCK] = {0}, limit = in->planes == 1 ? 127 : 126;
     for (int i = 1; i < in->planes; i++) limit *= BASE;
     float unit = whole_numbers(x, n, limit, q);
@@ -204,7 +204,7 @@ static void prepare(void *argument, int first, int last) {
             const float *x = r >= l->rows ? NULL : l->x + (size_t)r * l->columns + from;
             const size_t row = (size_t)block * in->rows + r * rows_each;
             if (in->planes) {
-                quantise_block(in, row, x, n);
+                quantize_block(in, row, x, n);
             } else {
                 float *values = in->values + row * BLOCK;
                 for (int i = 0; i < BLOCK; i++) values[i] = i < n ? x[i] : 0;

@@ -35,7 +35,7 @@ class Turns:
     """Rotary angles, and the place of the new token among them.
 
     cosine, sine: [places, angles] in the dtype of queries. place: int32 [1], the token's, no prefix counted.
-    beside: a head's query, key and value lie side by side, and both of its halves turn, head_size / 2 angles
+    side_by_side: so a head's query, key and value lie, and both of its halves turn, head_size / 2 angles
     (ChatGLM-6B); else all queries, keys and values follow one another, and a head's first half turns in
     pairs, head_size / 4 angles (ChatGLM2 and 3).
     """
@@ -43,11 +43,11 @@ class Turns:
     cosine: Tensor
     sine: Tensor
     place: Tensor
-    beside: bool
+    side_by_side: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
+class AttentionScratch:
     """Where blocks of one launch meet: parts float32 [heads, splits, 2 + size], tickets int32 [tiles], 0."""
 
     parts: Tensor
@@ -125,7 +125,7 @@ class BlockKernels:
         self._start("swiglu", x, grid, _THREADS, *pointers, c_int(columns))
         return out
 
-    def scratch(self, heads: int, room: Room, processors: int | None = None) -> Scratch:
+    def scratch(self, heads: int, room: Room, processors: int | None = None) -> AttentionScratch:
         """What `attend` needs for so many heads of queries and as many tokens as the room has.
 
         processors: that work side by side; None for all that the room's card has.
@@ -134,9 +134,9 @@ class BlockKernels:
         device, tiles = room.keys.device, _tiles(heads, groups)
         splits = splits_of(tiles, tokens, _processors(device) if processors is None else processors)
         parts = torch.empty(heads, splits, 2 + size, dtype=torch.float32, device=device)
-        return Scratch(parts, torch.zeros(tiles, dtype=torch.int32, device=device))
+        return AttentionScratch(parts, torch.zeros(tiles, dtype=torch.int32, device=device))
 
-    def attend(self, row: Tensor, turns: Turns, room: Room, front: int, scratch: Scratch) -> Tensor:
+    def attend(self, row: Tensor, turns: Turns, room: Room, front: int, scratch: AttentionScratch) -> Tensor:
         """What a new token finds among all up to itself → [..., heads * head_size]. Its key and value are
         put into the room first.
 
@@ -153,7 +153,7 @@ class BlockKernels:
             f"attend{kind}{kept}", row, (len(scratch.tickets), splits, 1), _ATTENTION_THREADS,
             *map(_address, (row, turns.cosine, turns.sine, turns.place)), c_int(front),
             *map(_address, (room.keys, room.values, room.key_scale, room.value_scale)),
-            *map(c_int, (capacity, heads, groups, size, turns.beside)),
+            *map(c_int, (capacity, heads, groups, size, turns.side_by_side)),
             *map(_address, (scratch.parts, scratch.tickets, out)),
         )  # fmt: skip
         return out
@@ -196,12 +196,12 @@ class BlockKernels:
         return self._functions[whole]
 
 
-def _check_attention(row: Tensor, turns: Turns, room: Room, scratch: Scratch) -> None:
+def _check_attention(row: Tensor, turns: Turns, room: Room, scratch: AttentionScratch) -> None:
     """Raise ValueError unless the kernels can take all of this together."""
     heads, count = scratch.parts.shape[:2]
     batch, groups, capacity, size = room.keys.shape
-    angles = size // 2 if turns.beside else size // 4
-    if not takes_head(size) or batch != 1 or heads % groups or (turns.beside and heads != groups):
+    angles = size // 2 if turns.side_by_side else size // 4
+    if not takes_head(size) or batch != 1 or heads % groups or (turns.side_by_side and heads != groups):
         raise ValueError(f"{heads} heads cannot look at keys {tuple(room.keys.shape)}")
     kept = row.dtype if room.key_scale is None else torch.int8
     wanted = [

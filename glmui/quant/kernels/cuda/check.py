@@ -19,7 +19,7 @@ from glmui.glm.cache import Room, in_int8
 from glmui.glm.rotary import rotate, rotate_pairs
 from glmui.quant.kernels.cuda.block import BlockKernels, Turns
 from glmui.quant.kernels.cuda.native import MOST_ROWS, CardKernels
-from glmui.quant.packing import dequantise, pack
+from glmui.quant.packing import dequantize_weight, pack_int4
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,10 @@ def _linear(kernels: CardKernels, make: _Maker) -> Iterator[Case]:
             limit = 2 ** (bits - 1)
             q = torch.randint(-limit, limit, (rows, columns), generator=make.random, dtype=torch.int8)
             scale = ((torch.rand(rows, groups, generator=make.random) + 0.5) / limit).half()
-            stored, scale = pack(q) if bits == 4 else q, scale if groups > 1 else scale[:, 0].contiguous()
+            stored, scale = (
+                pack_int4(q) if bits == 4 else q,
+                scale if groups > 1 else scale[:, 0].contiguous(),
+            )
             inputs = [make.normal(count, columns) for count in counts]
             yield from _multiplied(kernels, make, stored, scale, bits, inputs)
 
@@ -105,7 +108,10 @@ def _multiplied(
     kernels: CardKernels, make: _Maker, stored: Tensor, scale: Tensor, bits: int, inputs: Sequence[Tensor]
 ) -> Iterator[Case]:
     columns = inputs[0].shape[1]
-    matrix, about = dequantise(stored, scale, bits, columns, torch.float64), f"{bits} bits, {columns} columns"
+    matrix, about = (
+        dequantize_weight(stored, scale, bits, columns, torch.float64),
+        f"{bits} bits, {columns} columns",
+    )
     weight = make.there(stored), make.there(scale), bits
     out = torch.empty(matrix.shape, dtype=make.dtype, device=make.device)
     kernels.widen(*weight, out)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class QuantizeJob:
     """source, target: folders. bits: 4 or 8 for every layer, unless target_gb (10^9 bytes) chooses them.
 
     group_size: columns that share a scale, None for whole rows. embeddings: quantise the word embeddings too.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from glmui.glm.cache import KVCache
 from glmui.glm.checkpoint import AnyModel
 from glmui.glm.config import read_config
-from glmui.quantising.folder import EITHER, Bits
-from glmui.quantising.streamed import Weights, cache_for, stream
+from glmui.quantizing.folder import EITHER, Bits
+from glmui.quantizing.streamed import Weights, cache_for, stream
 from glmui.text.chatglms import open_tokenizer, prompt_ids
 from glmui.types import Message
 

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from glmui.quantising.tensor_header import Form, beginning
+from glmui.quantizing.tensor_header import Form, beginning
 
 _NAMES = {
     torch.float64: "F64",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from glmui.errors import InvalidInput
-from glmui.quantising.compare import Sample, longest, run
-from glmui.quantising.folder import LINEARS, Source, folder_bytes, forms_of
-from glmui.quantising.streamed import Weights, blocks_of, cache_for, quantised, stream
-from glmui.quantising.tensor_header import bytes_of
+from glmui.quantizing.compare import Sample, longest, run
+from glmui.quantizing.folder import LINEARS, Source, folder_bytes, forms_of
+from glmui.quantizing.streamed import Weights, blocks_of, cache_for, quantised, stream
+from glmui.quantizing.tensor_header import bytes_of
 
 WIDTHS = (4, 8, 16)
 EVERY = 6  # of the built-in texts: one Chinese and one English are enough to rank layers by

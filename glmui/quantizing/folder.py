@@ -28,10 +28,10 @@ from glmui.glm.files import check_folder, weight_files
 from glmui.glm.model import ChatGLMModel
 from glmui.quant.linear import check_group_size
 from glmui.quant.mapped import release
-from glmui.quant.packing import quantise
-from glmui.quantising.new_folder import new_folder
-from glmui.quantising.tensor_file import TensorFile
-from glmui.quantising.tensor_header import Form, file_bytes
+from glmui.quant.packing import quantize_weight
+from glmui.quantizing.new_folder import new_folder
+from glmui.quantizing.tensor_file import TensorFile
+from glmui.quantizing.tensor_header import Form, file_bytes
 from glmui.text.model_files import read_config
 from glmui.types import Progress
 
@@ -83,7 +83,7 @@ class Source:
         return {self.model.EMBEDDING: bits}
 
 
-def quantise_folder(
+def quantize_folder(
     source: Path,
     target: Path,
     bits: int | Bits,
@@ -210,7 +210,9 @@ def _converted(
         if width == 16:
             yield name, half
         else:
-            stored, scale = quantise(half, width, group_size, wide=isinstance(source.model, ChatGLMModel))
+            stored, scale = quantize_weight(
+                half, width, group_size, wide=isinstance(source.model, ChatGLMModel)
+            )
             yield name, stored
             yield f"{name}_scale", scale
         release(tensor)

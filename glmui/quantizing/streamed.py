@@ -22,13 +22,13 @@ from glmui.glm.checkpoint import (
     empty_model,
     is_finite,
     read_folder,
-    swap_quantised,
+    swap_quantized,
 )
 from glmui.glm.config import read_config
 from glmui.glm.model import ChatGLMModel
 from glmui.quant.mapped import release
-from glmui.quant.packing import dequantise, quantise
-from glmui.quantising.folder import EITHER, Bits
+from glmui.quant.packing import dequantize_weight, quantize_weight
+from glmui.quantizing.folder import EITHER, Bits
 
 
 class Weights:
@@ -40,12 +40,12 @@ class Weights:
         self.tensors = read_folder(folder)
         self.config = read_config(folder, EITHER)
         model = empty_model(self.config)
-        self.wide = isinstance(model, ChatGLMModel)  # see packing.quantise
-        swap_quantised(model, self.tensors)
+        self.wide = isinstance(model, ChatGLMModel)  # see packing.quantize_weight
+        swap_quantized(model, self.tensors)
         check_layout(model, self.tensors, folder)
         if (width := self.bits.get(model.EMBEDDING, 16)) < 16:
             table = f"{model.EMBEDDING}.weight"
-            stored, scale = quantise(self.tensors[table].half(), width, group_size)
+            stored, scale = quantize_weight(self.tensors[table].half(), width, group_size)
             self.tensors |= {table: stored, f"{table}_scale": scale}
 
     def take(self, name: str, columns: int) -> Tensor:
@@ -53,7 +53,7 @@ class Weights:
         tensor, scale = self.tensors[name], self.tensors.get(f"{name}_scale")
         if scale is not None:
             bits = 8 if tensor.shape[1] == columns else 4
-            return dequantise(tensor, scale, bits, columns, torch.float32)
+            return dequantize_weight(tensor, scale, bits, columns, torch.float32)
         width = self.bits.get(name.removesuffix(".weight"), 16)
         if width < 16 and name.endswith(".weight"):
             return quantised(tensor, width, self.group_size, self.wide)
@@ -74,8 +74,8 @@ class Weights:
 
 def quantised(weight: Tensor, bits: int, group_size: int | None, wide: bool) -> Tensor:
     """What a float matrix [rows, columns] becomes by quantising it as a file stores it; float32."""
-    stored, scale = quantise(weight.half(), bits, group_size, wide)
-    return dequantise(stored, scale, bits, weight.shape[1], torch.float32)
+    stored, scale = quantize_weight(weight.half(), bits, group_size, wide)
+    return dequantize_weight(stored, scale, bits, weight.shape[1], torch.float32)
 
 
 def stream(
@@ -87,7 +87,7 @@ def stream(
     the blocks that is done, 0..1.
     """
     model = empty_model(weights.config)
-    swap_quantised(model, {n: t for n, t in weights.tensors.items() if n.startswith(f"{model.EMBEDDING}.")})
+    swap_quantized(model, {n: t for n, t in weights.tensors.items() if n.startswith(f"{model.EMBEDDING}.")})
     blocks = blocks_of(model)
     inside = {f"{prefix}.{name}" for block, prefix in blocks.items() for name in block.state_dict()}
     for name in model.state_dict().keys() & weights.tensors.keys() - inside:

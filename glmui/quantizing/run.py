@@ -18,15 +18,15 @@ from glmui.engine.wire import Wire
 from glmui.engine.worker import explain
 from glmui.errors import InvalidInput, to_values
 from glmui.glm.files import weight_files
-from glmui.quantising import compare, sensitivity
-from glmui.quantising.folder import Bits, Source, check_place, folder_bytes, open_source, quantise_folder
-from glmui.quantising.job import Job
-from glmui.quantising.new_folder import check_target
+from glmui.quantizing import compare, sensitivity
+from glmui.quantizing.folder import Bits, Source, check_place, folder_bytes, open_source, quantize_folder
+from glmui.quantizing.job import QuantizeJob
+from glmui.quantizing.new_folder import check_target
 
 GROUP_SIZES = (None, 128, 64, 32)  # what the report compares INT4 with; None is one scale per row
 
 
-def run(connection: Connection, job: Job) -> None:
+def run(connection: Connection, job: QuantizeJob) -> None:
     """Do the job, telling of it; returns early when nobody listens any more."""
     wire = Wire(connection)
     try:
@@ -50,7 +50,7 @@ def _say(wire: Wire, kind: str, **values: object) -> None:
 
 
 class _Work:
-    def __init__(self, job: Job, wire: Wire) -> None:
+    def __init__(self, job: QuantizeJob, wire: Wire) -> None:
         self._job, self._wire = job, wire
         self._device = resolve_device("auto" if job.device == "mixed" else job.device)
         self._folder, self._target = Path(job.source), Path(job.target)
@@ -63,7 +63,7 @@ class _Work:
         source = open_source(self._folder)
         bits = self._bits(source)
         writing = self._part("writing")
-        quantise_folder(
+        quantize_folder(
             self._folder,
             self._target,
             bits,
