@@ -76,8 +76,8 @@ def foreseer(engine: ChatEngine, meter: Meter) -> Foresee:
     """Forecasts for this computer, where what `engine` holds counts as free."""
 
     def foresee(spec: EngineSpec) -> Forecast | None:
-        pid = engine.info().pid
-        return forecast(spec, meter.read(pid), pid is not None)
+        info = engine.info()
+        return forecast(spec, meter.read(info.pid), info if info.pid is not None else None)
 
     return foresee
 

@@ -186,7 +186,8 @@ class EngineSpec:
     packed_dir: where weights in the CPU kernels' order are kept, "" for nowhere. kernel_dir: where built
     kernels are kept, "" for the account's cache.
     prefix, adapter: folders of ChatGLM's extras, "" for none.
-    hasty: somebody waits, for memory ran out: nothing is done while loading that only later loads gain by.
+    hasty: somebody waits, for memory ran out: where RAM has room for it, nothing is done while loading that
+    only later loads gain by.
     """
 
     model: str

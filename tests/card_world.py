@@ -149,8 +149,8 @@ class CardWorld(World):
         )
 
     def _foresee(self, spec: EngineSpec) -> Forecast | None:
-        pid = self.engine.info().pid
-        return forecast(spec, self.meter.read(pid), pid is not None)
+        info = self.engine.info()
+        return forecast(spec, self.meter.read(info.pid), info if info.pid is not None else None)
 
     @property
     def page(self) -> Desk:

@@ -25,7 +25,7 @@ BLIND = Reading((), None, None, None, "no_driver")
 
 def foresee(spec: EngineSpec) -> Forecast | None:
     """The forecast for the machine that the scripted engine pretends, whatever this one is."""
-    return forecast(spec, BLIND, False)
+    return forecast(spec, BLIND)
 
 
 def echo_with_room(tokens: int) -> EngineSpec:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -286,6 +288,59 @@ def test_a_copy_is_a_model_of_its_own(tiny_chatglm: Folder, monkeypatch: pytest.
         for part in copied.transformer.parameters():
             part.zero_()
         assert torch.equal(model(ids).logits, wanted)
+
+
+@pytest.mark.usefixtures("card")
+def test_threads_share_a_card(tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reply is what it is alone, however tokens of several are computed by turns."""
+    monkeypatch.setattr("glmui.quant.on_card.SCRATCH", 1 << 15)  # a matrix is widened in several slices
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int4"))
+    model = AutoModel.from_pretrained(tiny_chatglm("int4")).half()
+
+    def ask(question: str) -> str:
+        said, _ = model.chat(tokenizer, question, max_length=32, do_sample=False)
+        return str(said)
+
+    alone = [ask(question) for question in PROMPTS]
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(len(PROMPTS)) as threads:
+            assert [*threads.map(ask, PROMPTS)] == alone
+    finally:
+        sys.setswitchinterval(often)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_hook_is_called_for_each_token(tiny_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int4"))
+    model = AutoModel.from_pretrained(tiny_chatglm("int4")).half()
+    seen: list[torch.Size] = []
+    mlp = model.transformer.layers[0].mlp
+    handle = mlp.register_forward_hook(lambda module, given, found: seen.append(found.shape))
+    assert model._decoder()._step is None
+    list(model.stream_chat(tokenizer, "你好", max_length=14, do_sample=False))
+    assert len(seen) > 2
+    assert {shape[1] for shape in seen[1:]} == {1}
+    handle.remove()
+    assert isinstance(model._decoder()._step, CardStep)
+    mlp.forward = mlp.forward  # as accelerate's hooks do it
+    assert model._decoder()._step is None
+
+
+@pytest.mark.usefixtures("card")
+def test_what_was_put_in_a_part_s_place_answers(tiny_chatglm: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chatglm("int4"))
+    model = AutoModel.from_pretrained(tiny_chatglm("int4")).half()
+    before, how = model.lm_head, {"max_length": 14, "do_sample": False}
+    wanted, _ = model.chat(tokenizer, "你好", **how)
+    model.lm_head = torch.nn.Linear(before.in_features, before.out_features, bias=False).half()
+    assert model._decoder()._step is None
+    assert model.chat(tokenizer, "你好", **how)[0] != wanted
+    model.lm_head = before
+    assert isinstance(model._decoder()._step, CardStep)
+    model.transformer.float()
+    assert model._decoder()._step is None
 
 
 def test_the_folder_s_own_form_is_planned_for(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from glmui.errors import InvalidInput, ModelError
 from glmui.quant import QuantizedLinear
 from glmui.text.chat_template import ChatTokenizer
 from glmui.types import Chunk, EngineSpec, GenerationParams, Message, Progress
-from tests.tiny_llama import make_tiny_llama
+from tests.tiny_llama import TEMPLATE, make_tiny_llama, write_tokenizer
 
 CPU = torch.device("cpu")
 GREEDY = GenerationParams(temperature=0, max_new_tokens=12)
@@ -244,6 +245,38 @@ def test_a_card_is_warm_before_anybody_asks(folder: Path, monkeypatch: pytest.Mo
     assert taken[0] > 8  # a prompt, then tokens one by one
     assert taken[1:] == [1, 1]
     assert reply(warm, QUESTION)[0] == reply(cold, QUESTION)[0]
+
+
+def test_a_warm_up_prevents_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may want a system text first, which the warm-up does not have."""
+    folder = make_tiny_llama(tmp_path / "model")
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    write_tokenizer(folder, wants + TEMPLATE)
+    on_a_card(monkeypatch)
+    engine = open_causal_lm(spec_of(folder), lambda progress: None)
+    with pytest.raises(InvalidInput):
+        reply(engine, QUESTION)
+    assert reply(engine, [Message("system", "Be brief."), *QUESTION])[1].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("error", "loads"), [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError("odd"), True)]
+)
+def test_memory_that_runs_out_in_a_warm_up_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, loads: bool
+) -> None:
+    forward = CausalDecoder._forward
+
+    def fails(self: CausalDecoder, ids: list[int]) -> NoReturn:
+        raise error
+
+    on_a_card(monkeypatch)
+    monkeypatch.setattr(CausalDecoder, "_forward", fails)
+    with nullcontext() if loads else pytest.raises(torch.OutOfMemoryError):
+        engine = open_causal_lm(spec_of(folder), lambda progress: None)
+    if loads:
+        monkeypatch.setattr(CausalDecoder, "_forward", forward)
+        assert reply(engine, QUESTION)[1].finish_reason in ("stop", "length")
 
 
 def test_what_goes_to_a_card_is_small_already(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,10 +59,11 @@ def how(case: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @each
-def test_published_chat_and_stream(published: Open, family: str, kind: str) -> None:
+@pytest.mark.parametrize("most", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_published_chat_and_stream(published: Open, family: str, kind: str, most: int | None) -> None:
     lm = published(family, kind)
     assert lm.family == family
-    for case in cases(family, kind):
+    for case in cases(family, kind)[:most]:
         history = copy.deepcopy(case["history"])
         response, after = lm.chat(lm.tokenizer, case["query"], history, **how(case, published=True))
         assert response == case["chat_response"], case["name"]

@@ -380,6 +380,24 @@ def test_layers_leave_the_card_in_the_end(on_card: EngineClient) -> None:
     assert raised.value.code == "memory_kept.context"
 
 
+def test_only_the_load_that_somebody_waits_for_is_hasty(
+    on_card: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the same rung later, after idling: what they leave undone would never be done."""
+    loads: list[bool] = []
+
+    def started(spec: EngineSpec) -> EngineProcess:
+        loads.append(spec.hasty)
+        return EngineProcess(spec)
+
+    monkeypatch.setattr(client_module, "EngineProcess", started)
+    ask(on_card, "/echo piece=64")
+    on_card._end_process()  # as after idling
+    ask(on_card, "/echo piece=64", "2")
+    assert on_card.info().reason == "reasons.memory_pieces"
+    assert loads == [False, True, False]
+
+
 def test_a_model_that_its_card_cannot_hold_loads_elsewhere(on_card: EngineClient) -> None:
     on_card.configure(EngineSpec("echo layers=0", "echo", device="cuda"))
     chunks = ask(on_card, "hello")

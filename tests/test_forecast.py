@@ -20,11 +20,12 @@ from glmui.memory.plan import plan
 from glmui.memory.plan_request import GIB, Machine, PlanRequest
 from glmui.memory.published import SHAPES
 from glmui.meter import Card, Reading
-from glmui.types import EngineSpec
+from glmui.types import EngineInfo, EngineSpec
 
 SIX = Card(0, "A card", GIB // 4 * 3, 6 * GIB, None)
 FREE = Reading((SIX,), 4 * GIB, 16 * GIB, None, "")
 SIZE = ModelSize.of(SHAPES["chatglm-6b-int4"])
+ON_CARD = EngineInfo(device="cuda:0")
 
 
 @pytest.fixture
@@ -64,19 +65,23 @@ def test_a_slider_is_followed_at_once(spec: EngineSpec) -> None:
 def test_what_our_own_engine_holds_is_free(spec: EngineSpec) -> None:
     ours = replace(SIX, used=5 * GIB, own=4 * GIB)
     held = Reading((ours,), 10 * GIB, 16 * GIB, 5 * GIB, "", 2 * GIB)
-    assert machine_of(held, True, {}) == Machine((5 * GIB,), 8 * GIB)
-    assert machine_of(held, False, {}) == Machine((GIB,), 6 * GIB)
+    assert machine_of(held, ON_CARD, {}) == Machine((5 * GIB,), 8 * GIB)
+    assert machine_of(held, None, {}) == Machine((GIB,), 6 * GIB)
     untold = Reading((replace(ours, own=None),), 10 * GIB, 16 * GIB, None, "")
-    windows = machine_of(untold, True, {})
+    windows = machine_of(untold, ON_CARD, {})
     assert windows
     assert 4.5 * GIB < windows.cards[0] < 6 * GIB, "all but what a desktop takes"
-    assert forecast(spec, held, True) != forecast(spec, held, False)
+    elsewhere = machine_of(untold, EngineInfo(device="cpu", layers=("cpu",)), {})
+    assert elsewhere == Machine((GIB,), 6 * GIB), "what others hold of a card is not ours"
+    told = machine_of(held, EngineInfo(device="auto", state="loading"), {})
+    assert told == Machine((5 * GIB,), 8 * GIB), "where the driver tells, nobody need say"
+    assert forecast(spec, held, ON_CARD) != forecast(spec, held)
 
 
 def test_what_cannot_be_read_is_not_counted_on() -> None:
     unknown = Reading((replace(SIX, used=None),), 4 * GIB, 16 * GIB, None, "unknown")
-    assert machine_of(unknown, False, {}) == Machine((0,), 12 * GIB)
-    assert machine_of(replace(unknown, ram_used=None), False, {}) is None
+    assert machine_of(unknown, None, {}) == Machine((0,), 12 * GIB)
+    assert machine_of(replace(unknown, ram_used=None), None, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_what_cannot_be_read_is_not_counted_on() -> None:
 def test_only_visible_cards_count(visible: str | None, free: tuple[int, ...]) -> None:
     two = tuple(Card(n, "", 0, (n + 1) * GIB, None) for n in range(2))
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    machine = machine_of(Reading(two, 0, GIB, None, ""), False, environ)
+    machine = machine_of(Reading(two, 0, GIB, None, ""), None, environ)
     assert machine
     assert machine.cards == tuple(n * GIB for n in free)
 

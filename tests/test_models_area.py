@@ -137,11 +137,21 @@ def test_a_card_that_holds_the_model_is_enough(world: World) -> None:
 
 def test_what_the_engine_holds_counts_as_free() -> None:
     offer = catalogue.offer(INT4)
-    card = Card(0, "", 7 * GB, 8 * GB, own=6 * GB)
+    card, on_card = Card(0, "", 7 * GB, 8 * GB, own=6 * GB), EngineInfo(device="cuda:0")
     reading = Reading((card,), 15 * GB, 16 * GB, 9 * GB, "", 5 * GB)  # pages of files are free already
-    assert [need.free for need in needs_of(offer, reading)] == [7 * GB, 6 * GB]
+    assert [need.free for need in needs_of(offer, reading, on_card)] == [7 * GB, 6 * GB]
     unknown = Reading((Card(0, "", None, None, None),), None, None, None, "unknown")
-    assert needs_of(offer, unknown) == ()
+    assert needs_of(offer, unknown, on_card) == ()
+
+
+def test_what_others_hold_of_a_card_is_not_the_engines() -> None:
+    """On Windows, where no driver tells what a process holds: only the cards that it computes on count."""
+    offer = catalogue.offer(INT4)
+    cards = tuple(Card(n, "", 7 * GB, 8 * GB, own=None) for n in range(2))
+    reading = Reading(cards, 15 * GB, 16 * GB, 9 * GB, "", 5 * GB)
+    for device, free in {"cpu": [1, 1, 6], "cuda:0": [7, 1, 6], "cuda:1": [1, 7, 6]}.items():
+        needs = needs_of(offer, reading, EngineInfo(device=device))
+        assert [need.free // GB for need in needs] == free
 
 
 def test_every_offer_stands_there_with_what_it_is(shelf: Shelf) -> None:

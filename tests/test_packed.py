@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ import torch
 from glmui.engine import packed, prepare
 from glmui.engine.chatglm import open_chatglm
 from glmui.engine.loaded import LoadedEngine, kernel_folder
+from glmui.glm.checkpoint import AnyModel, load_model
 from glmui.hub import manifest
 from glmui.quant import packed_file
 from glmui.quant.fast import KernelLinear
@@ -229,6 +234,78 @@ def test_in_haste_nothing_is_written_and_what_is_there_is_used(
     again, _ = world.open(model, hasty=True, head_bits=head_bits)
     assert world.packs == 0
     assert answer(again) == said
+
+
+def test_in_haste_what_ram_cannot_hold_is_written_all_the_same(
+    world: World, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed in memory it would take all of it for good; as pages of a file nobody is ended for it."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=300_000_000))
+    world.open(model, hasty=True)
+    assert len(world.files()) == 1
+
+
+class Beside(World):
+    """Opens a model of which only the last layers are on the CPU; what is in float16 stands for a card."""
+
+    def open_part(self, folder: Path, first: int, **more: object) -> AnyModel:
+        self.packs = 0
+        here = re.compile(r"\.layers\.(\d+)\.")
+
+        def place(name: str) -> tuple[torch.device, torch.dtype]:
+            layer = here.search(name)
+            is_here = layer is not None and int(layer[1]) >= first
+            return torch.device("cpu"), torch.float32 if is_here else torch.float16
+
+        spec = EngineSpec("tiny", str(folder), packed_dir=str(self.packed_dir), **more)  # type: ignore[arg-type]
+        load = partial(load_model, folder, place, 0)
+        return prepare.open_prepared(load, spec, "mixed", place, 4, 2, lambda progress: None).model  # type: ignore[arg-type]
+
+
+def by_layer(model: AnyModel) -> Counter[str]:
+    """How many matrices of each block the kernels compute."""
+    return Counter(n.split(".layers.")[1][0] for n, m in model.named_modules() if isinstance(m, KernelLinear))
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> Beside:
+    return Beside(tmp_path / "packed", monkeypatch)
+
+
+def test_beside_a_card_the_layers_on_the_cpu_lie_in_a_file_too(beside: Beside, model: Path) -> None:
+    assert by_layer(beside.open_part(model, 2)) == {"2": 4, "3": 4}
+    assert beside.packs == 8
+    (file,) = beside.files()
+    small = file.stat().st_size
+    found = beside.open_part(model, 2)
+    assert beside.packs == 0
+    assert by_layer(found) == {"2": 4, "3": 4}
+    assert len(by_layer(beside.open_part(model, 1, hasty=True))) == 3, "what is missing is packed in memory"
+    assert file.stat().st_size == small, "in haste nothing is written"
+    assert len(by_layer(beside.open_part(model, 1))) == 3
+    assert file.stat().st_size > small, "more layers are on the CPU than when it was made"
+    for first, count in ((1, 3), (2, 2), (3, 1)):
+        assert len(by_layer(beside.open_part(model, first))) == count, "a file of more serves for fewer"
+        assert beside.packs == 0
+
+
+def test_a_file_of_fewer_layers_that_cannot_be_replaced(
+    beside: Beside, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows while another process computes with it."""
+    beside.open_part(model, 3)
+
+    def write_in_vain(file: Path, made_of: str, layers: Iterator[tuple[str, PackedLayer]]) -> None:
+        assert len(list(layers)) == 8
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(prepare, "write", write_in_vain)
+    assert len(by_layer(beside.open_part(model, 2))) == 2
+
+
+def test_where_all_is_on_cards_nothing_is_kept(beside: Beside, model: Path) -> None:
+    assert not by_layer(beside.open_part(model, 4))
+    assert beside.files() == []
 
 
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(

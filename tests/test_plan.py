@@ -214,6 +214,21 @@ def test_missing_ram_for_pages_of_files_alone_takes_nothing_from_what_was_planne
     assert room(SPEC, long, slow) == 2048, "what is missing lets no conversation grow beyond what was planned"
 
 
+def test_what_is_packed_in_memory_is_missing_for_good() -> None:
+    """Without files to keep the CPU kernels' copies in, and for weights that are quantised while they load,
+    only the float16 table is pages of a file."""
+    fresh = ModelSize.of(SHAPES["chatglm-6b"], 4)
+    for size, spec in ((INT4, replace(SPEC, packed_dir="")), (fresh, replace(SPEC, packed_dir="p"))):
+        found = plan(size, machine(ram=3.5), replace(request_of(spec), device=CPU))
+        assert found.mapped == size.head_bytes(CPU, 16)
+        assert not found.works
+        assert slow_context(size, found) < 1024, "of 2,048 that pages of files would leave"
+    kept = plan(INT4, machine(ram=3.5), replace(request_of(replace(SPEC, packed_dir="p")), device=CPU))
+    assert kept.slow
+    small_head = plan(INT4, machine(ram=3.5), replace(kept.request, head_bits=8, packed=False))
+    assert small_head.mapped == 0, "the kernels' head is a copy"
+
+
 def test_beside_a_card_it_is_the_same_and_the_cards_memory_is_a_bound() -> None:
     found = plan(INT4, machine(3, ram=3.8), replace(HALF, device="mixed"))
     assert found.layers_on_card

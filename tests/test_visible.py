@@ -71,7 +71,7 @@ def test_numbers_go_by_the_bus() -> None:
 def test_nothing_is_foretold_of_a_part_of_a_card(wish: str) -> None:
     environ = {"CUDA_VISIBLE_DEVICES": wish}
     assert visible(CARDS, environ) == {"cuda:0": PART}
-    assert machine_of(Reading(CARDS, 0, GB, None, ""), False, environ) is None
+    assert machine_of(Reading(CARDS, 0, GB, None, ""), None, environ) is None
 
 
 def test_the_meter_tells_names_and_places() -> None:

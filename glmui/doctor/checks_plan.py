@@ -85,7 +85,7 @@ def _held(world: World) -> Machine:
 
     if world.engine is None:
         return Machine((), 0)
-    with_it, without = (machine_of(world.engine, held, world.environ) for held in (True, False))
+    with_it, without = (machine_of(world.engine, each, world.environ) for each in (world.loaded, None))
     if with_it is None or without is None:
         return Machine((), 0)
     cards = (free - taken for free, taken in zip(with_it.cards, without.cards, strict=True))

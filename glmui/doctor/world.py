@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from glmui.doctor.ask import HOME, Report, ask
 from glmui.errors import GlmuiError, InvalidInput
 from glmui.settings import Settings, load
+from glmui.types import EngineInfo
 
 if TYPE_CHECKING:
     from glmui.meter import Reading
@@ -86,8 +87,8 @@ class World:
     settings_error: why the settings could not be read; `settings` are the defaults then. verify: read the
     model's files through. home: the folder of requirements.txt. torch, packages: what the processes found
     that import them. engine: what a meter read of our own engine process, which ends before another model is
-    loaded; None where there is none. nvml: a module with pynvml's functions; pynvml itself when None.
-    pci: where Linux lists devices.
+    loaded; None where there is none. loaded: what that process says of itself.
+    nvml: a module with pynvml's functions; pynvml itself when None. pci: where Linux lists devices.
     """
 
     settings: Settings
@@ -105,6 +106,7 @@ class World:
     torch: Callable[[], Report] = lambda: ask("glmui.engine.torch_facts")
     packages: Callable[[], Report] = lambda: ask("glmui.doctor.imports")
     engine: Reading | None = None
+    loaded: EngineInfo = field(default_factory=EngineInfo)
     nvml: Any = None
     pci: Path = Path("/sys/bus/pci/devices")
     memory: Callable[[], Memory] = memory
@@ -132,11 +134,12 @@ def this_machine(
     verify: bool = False,
     encoding: str | None = None,
     engine: Reading | None = None,
+    loaded: EngineInfo | None = None,
 ) -> World:
     """The world as it is. Both processes are started now, and waited for by who asks first.
 
     encoding: of the terminal, where it is another than this program's; "" where nobody looks at one.
-    engine: see World.
+    engine, loaded: see World.
     """
     pool = ThreadPoolExecutor(2, thread_name_prefix="doctor")
     world = World(settings, error, verify, encoding=terminal_encoding() if encoding is None else encoding)
@@ -145,7 +148,9 @@ def this_machine(
     torch = pool.submit(ask, "glmui.engine.torch_facts")
     packages = pool.submit(ask, "glmui.doctor.imports", *modules)
     pool.shutdown(wait=False)
-    return replace(world, engine=engine, torch=torch.result, packages=packages.result)
+    return replace(
+        world, engine=engine, loaded=loaded or EngineInfo(), torch=torch.result, packages=packages.result
+    )
 
 
 def read_settings(flags: Mapping[str, Any]) -> tuple[Settings, GlmuiError | None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -53,6 +54,7 @@ class _Generating(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[m
         glm = glm or self._fresh()
         self._whole = (glm,)  # in a tuple, so that its parts are not counted twice
         self._step: Step | None = None
+        self._stepped: list[tuple[int, torch.dtype]] = []  # where the layers lie that it computes
         self._take_parts(glm)
         self.post_init()
 
@@ -108,6 +110,7 @@ class _Generating(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[m
         use_card_kernels(glm, found.kernels)
         self._take_parts(glm)
         self._step = cards.step_of(glm, found)
+        self._stepped = _where_it_lies(glm) if self._step else []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Generating:
         """What .cuda(), .half() and their like do it by."""
@@ -126,7 +129,10 @@ class _Generating(Chatting, PreTrainedModel, GenerationMixin):  # type: ignore[m
         self.layers_changed()
 
     def _decoder(self) -> Decoder:
-        return decoder_of(self._glm(), step=self._step)
+        glm, step = self._glm(), self._step
+        if step is not None and (_is_hooked(self) or _where_it_lies(glm) != self._stepped):
+            step = None  # a graph runs no hooks, and what was moved or replaced may be none of its own
+        return decoder_of(glm, step=step)
 
     def forward(
         self,
@@ -220,6 +226,19 @@ class ChatGLM2ForConditionalGeneration(_Generating):
 
     def get_output_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.transformer.output_layer)
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether somebody looks on at the forward pass of any part, or has put another in its place."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in model.modules()
+    )
+
+
+def _where_it_lies(model: nn.Module) -> list[tuple[int, torch.dtype]]:
+    """The address and dtype of each weight."""
+    return [(weight.data_ptr(), weight.dtype) for weight in model.parameters()]
 
 
 def _class_of(config: AnyConfig) -> type[_Generating]:

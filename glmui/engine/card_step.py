@@ -8,6 +8,7 @@ it is, its place) is read from memory of the card, and a graph serves as long as
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -144,11 +145,14 @@ class CardStep:
     """Logits after one more token, of a model that can_step.
 
     reason: why its launches are started one by one, a key of the locales' "reasons"; "" where they are not.
+    Threads may share it, each with a cache of its own; as a graph belongs to one cache, replies that take
+    turns token by token are slow.
     """
 
     def __init__(self, model: AnyModel, kernels: BlockKernels, record: Record | None = record) -> None:
         self.reason = ""
         self._model, self._kernels, self._record = model, kernels, record
+        self._alone = threading.Lock()  # held for a whole token, whose place and id lie in one memory
         self._network = network_of(model, kernels)
         self._now = torch.zeros(2, dtype=torch.int32, device=model.device)  # the token's place, its id
         self._row = self._room_for_row()
@@ -162,7 +166,8 @@ class CardStep:
     @torch.inference_mode()
     def logits(self, token: int, layout: Layout | Causal, cache: KVCache) -> Tensor:
         """[V] after `token`, which is put into the cache behind what it holds. There must be room for it."""
-        with _current(self._now):  # once, and not for each launch on another card than the first
+        # The card is made the current one once, and not for each launch on another than the first.
+        with self._alone, _current(self._now):
             self._turn(layout, cache.capacity)
             self._feed(token, cache.length)
             if self._made != _For.of(cache):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from glmui.engine import device as devices
 from glmui.engine.generate import Speaker, common_prefix
-from glmui.engine.loaded import WARM_UP, LoadedEngine, told, warm_up, with_kernels
+from glmui.engine.loaded import LoadedEngine, told, warm_up, with_kernels
 from glmui.engine.model_folder import describe, weight_files
 from glmui.engine.precision import Precision, precision_of
 from glmui.errors import ModelError
@@ -112,7 +112,7 @@ def open_causal_lm(spec: EngineSpec, on_progress: Callable[[Progress], None]) ->
         kernels = with_kernels(model, precision.device, threads, spec.cpu_precision) if quantised else None
     decoder = CausalDecoder(model, torch.device(precision.device))
     if precision.device != "cpu":
-        warm_up(decoder, tokenizer.encode_chat(WARM_UP))
+        warm_up(decoder, tokenizer.encode_chat)
         decoder.renew()
     info = EngineInfo(
         state="ready",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from glmui.engine import device as devices
 from glmui.engine.decoders import Held, decoder_of
 from glmui.engine.extras import ChatGLMEngine, Extras
 from glmui.engine.generate import Speaker
-from glmui.engine.loaded import WARM_UP, LoadedEngine, kernel_folder, told, warm_up
+from glmui.engine.loaded import LoadedEngine, kernel_folder, told, warm_up
 from glmui.engine.placement import Placement, cache_dtype, placement
 from glmui.engine.prepare import OnPart, open_prepared
 from glmui.glm.checkpoint import AnyModel, load_model
@@ -42,14 +44,17 @@ def open_chatglm(spec: EngineSpec, on_progress: Callable[[Progress], None]) -> L
         return model
 
     stored = bits or config.quantization_bit
-    prepared = open_prepared(load, spec, where.device, stored, threads, on_progress)
+    hasty = spec.hasty and where.holds_all  # weights that no file keeps are all memory of our own
+    prepared = open_prepared(
+        load, replace(spec, hasty=hasty), where.device, where.place, stored, threads, on_progress
+    )
     model = prepared.model
     model.cache_dtype, model.piece = cache_dtype(spec), where.piece
     extras = Extras(model, folder)  # before the decoder, whose cache a prefix begins
     step = cards.step_of(model, found)
     decoder = decoder_of(model, _held(spec, where), step)
     if where.device != "cpu":
-        warm_up(decoder, prompt_ids(tokenizer, WARM_UP))
+        warm_up(decoder, partial(prompt_ids, tokenizer))
     info = EngineInfo(
         state="ready",
         model=spec.model,

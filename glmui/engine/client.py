@@ -145,12 +145,12 @@ class EngineClient:
     def _answer(
         self, messages: Sequence[Message], params: GenerationParams, request_id: str
     ) -> Iterator[Chunk]:
-        unloaded, may_retry = self._unloaded, True
+        unloaded, may_retry, hasty = self._unloaded, True, False
         if request_id not in self._cancelled:
             yield Chunk(progress=Progress("starting"))
         while request_id not in self._cancelled and unloaded == self._unloaded:
             self._await_stopped()
-            process = self._awake()
+            process = self._awake(hasty)
             process.send(
                 "chat", id=request_id, **wire.chat_values(list(messages), params, process.spec.extras)
             )
@@ -165,6 +165,7 @@ class EngineClient:
                     may_retry = False  # a card that woke from sleep is sound again in a fresh process
                 else:
                     self._step_down(process, attempt, loss)
+                    hasty = True
             except GeneratorExit:  # the caller has closed the iterator early
                 process.send("cancel", id=request_id)
                 raise
@@ -185,7 +186,7 @@ class EngineClient:
         log.warning("memory ran out (%s); the next rung: %s %s", trouble, rung.kind, rung.values)
         if attempt.spoke:
             self._ladder.told()
-            self._awake()  # loads while the reader reads what happened
+            self._awake(hasty=True)  # loads while the reader reads what happened
             raise EngineError(f"memory_kept.{rung.kind}", **rung.values) from None
 
     def _with_notes(self, chunk: Chunk, process: EngineProcess) -> Chunk:
@@ -215,8 +216,11 @@ class EngineClient:
 
     # The process
 
-    def _awake(self) -> EngineProcess:
-        """The running process, or a new one. Raises EngineError("no_model") or ("engine_keeps_dying")."""
+    def _awake(self, hasty: bool = False) -> EngineProcess:
+        """The running process, or a new one. hasty: as in EngineSpec, for a new one.
+
+        Raises EngineError("no_model") or ("engine_keeps_dying").
+        """
         with self._change:
             spec, process = self._ladder.spec, self._process
             if spec is None or self._closed:
@@ -229,7 +233,7 @@ class EngineClient:
             self._end_process()
             if self._keeps_dying():
                 raise EngineError("engine_keeps_dying", times=MOST_DEATHS, minutes=DEATH_MINUTES)
-            self._process = EngineProcess(spec)
+            self._process = EngineProcess(replace(spec, hasty=hasty))
             return self._process
 
     def _holds(self, process: EngineProcess) -> bool:

@@ -124,7 +124,7 @@ class EchoEngine:
 
     def _foreseen(self) -> Forecast | None:
         """What its memory is like on the machine that it pretends to run on (pretended.py), if on any."""
-        return forecast(self._spec, _BLIND, False)
+        return forecast(self._spec, _BLIND)
 
     def _room(self) -> int:
         found, most = self._foreseen(), self._spec.context_most

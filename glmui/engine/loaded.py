@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from glmui.engine.generate import Decoder, Detokeniser, Speaker, stream_reply
 from glmui.engine.request import Cancellations
+from glmui.memory.trouble import out_of_memory_on
 from glmui.quant.fast import use_kernels
 from glmui.quant.kernels.cpu import Loaded, Numerics
 from glmui.quant.kernels.cpu import load as load_kernels
@@ -19,6 +21,8 @@ from glmui.types import Chunk, EngineInfo, GenerationParams, Message
 # A conversation as the model's ids, and a detokeniser for the reply to it.
 Ask = Callable[[Sequence[Message]], tuple[list[int], Detokeniser]]
 
+
+_log = logging.getLogger(__name__)
 
 WARM_UP = [Message("user", "你好，" * 16)]  # more ids than the kernels for few rows take at once
 
@@ -54,12 +58,21 @@ class LoadedEngine:
 
 
 @torch.inference_mode()
-def warm_up(decoder: Decoder, ids: list[int]) -> None:
+def warm_up(decoder: Decoder, ask: Callable[[Sequence[Message]], list[int]]) -> None:
     """Read a prompt and write two tokens, so that whatever a card's libraries do at their first use (open,
-    choose, take memory, record) is done before somebody waits for an answer. A CPU gains nothing by it."""
-    logits = decoder.prefill(ids, lambda part: None)
-    for _ in range(2):
-        logits = decoder.step(int(logits.argmax()))
+    choose, take memory, record) is done before somebody waits for an answer. A CPU gains nothing by it.
+
+    ask: what makes a conversation ids. Raises what tells that memory ran out; what else goes wrong is left
+    to the first answer, which may be asked in a way that the model takes.
+    """
+    try:
+        logits = decoder.prefill(ask(WARM_UP), lambda part: None)
+        for _ in range(2):
+            logits = decoder.step(int(logits.argmax()))
+    except Exception as error:
+        if out_of_memory_on(error, str(decoder.device)):
+            raise
+        _log.warning("no warm-up: %s", error)
 
 
 def with_kernels(

@@ -41,6 +41,11 @@ class Placement:
     piece: int = PIECE
 
     @property
+    def holds_all(self) -> bool:
+        """Whether RAM has room for all that goes there now, were no page of it a file's."""
+        return self.plan is None or CPU not in self.plan.short
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """The device of each layer, for EngineInfo; () where no plan was made."""
         return self.plan.layers if self.plan else ()

@@ -15,7 +15,7 @@ from torch import nn
 from glmui import __version__
 from glmui.engine import packed
 from glmui.engine.loaded import kernels_for
-from glmui.glm.checkpoint import AnyModel
+from glmui.glm.checkpoint import AnyModel, Place
 from glmui.quant.fast import KernelLinear, is_computable, is_half_head, pack_head, pack_layer, use_kernels
 from glmui.quant.kernels.cpu import Kernels, Loaded
 from glmui.quant.linear import QuantizedLinear
@@ -50,13 +50,15 @@ def open_prepared(
     load: Load,
     spec: EngineSpec,
     device: str,
+    place: Place,
     bits: int,
     threads: int,
     on_progress: OnProgress,
 ) -> Prepared:
-    """The spec's model. bits: of its weights once loaded, 0 for floats, which need no kernels.
+    """The spec's model.
 
-    Raises what `load` raises.
+    device, place: where it goes, as a Placement has it. bits: of its weights once loaded, 0 for floats, which
+    need no kernels. Raises what `load` raises.
     """
 
     def loading(part: float) -> None:
@@ -67,9 +69,9 @@ def open_prepared(
         return Prepared(load(on_progress=loading), loaded)
     reason = ""
     model: AnyModel | None = None
-    if device == "cpu" and spec.packed_dir:
+    if spec.packed_dir:
         try:
-            model = _Shelf(spec, loaded.kernels, on_progress).open(load, f"int{bits}")
+            model = _Shelf(spec, loaded.kernels, place, on_progress).open(load, f"int{bits}")
         except OSError as error:
             _log.warning("packed weights are not kept: %s", error)
             reason = "reasons.packed_not_kept"
@@ -81,19 +83,19 @@ def open_prepared(
 class _Shelf:
     """The packed files of one checkpoint. Whatever cannot be read or written there is an OSError."""
 
-    def __init__(self, spec: EngineSpec, kernels: Kernels, on_progress: OnProgress) -> None:
-        self._spec, self._kernels, self._on_progress = spec, kernels, on_progress
+    def __init__(self, spec: EngineSpec, kernels: Kernels, place: Place, on_progress: OnProgress) -> None:
+        self._spec, self._kernels, self._place, self._on_progress = spec, kernels, place, on_progress
         self._folder = packed.folder_for(Path(spec.packed_dir), Path(spec.folder))
         self._made_of = f"{__version__} {self._folder.name} {order_of(kernels)}"
 
     def open(self, load: Load, form: str) -> AnyModel | None:
-        """The model, with layers out of the file of that form; made first where there is none. None where
-        there is none and somebody waits: writing takes longer than everything else together."""
-        layers = self._read(form, self._loading)
-        if layers is None and self._spec.hasty:
+        """The model, its layers on the CPU out of the file of that form; made first where there is none, or
+        one of fewer layers. Where somebody waits it is not: writing takes longer than everything else
+        together. None where there is nothing to open then."""
+        model = self._from_file(load, form)
+        if model is None and self._spec.hasty:
             return None
-        layers = layers or self._make(form, load(on_progress=self._loading))
-        model = load(on_progress=lambda part: None, ready=layers)
+        model = model or self._made(load, form)
         head = model.get_submodule(model.HEAD)
         if self._spec.head_bits == 8 and is_half_head(head, model.HEAD):
             heads = self._read(_HEAD)
@@ -103,13 +105,19 @@ class _Shelf:
                 model.set_submodule(model.HEAD, heads[model.HEAD])
         return model
 
-    def _make(self, form: str, model: AnyModel) -> dict[str, KernelLinear]:
-        """Pack a model, which is of no use afterwards: each of its layers is let go in turn."""
-        wanted = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, QuantizedLinear) and is_computable(layer)
-        }
+    def _from_file(self, load: Load, form: str) -> AnyModel | None:
+        """None where there is no such file, or more layers were on cards when it was made."""
+        if (layers := self._read(form, self._loading)) is None:
+            return None
+        model = load(on_progress=lambda part: None, ready=layers)
+        return model if self._spec.hasty or not _unpacked(model) else None
+
+    def _made(self, load: Load, form: str) -> AnyModel:
+        """Make the file; an OSError midway leaves a model of no use: its layers are let go in turn."""
+        model = load(on_progress=self._loading)
+        if not (wanted := _unpacked(model)):
+            return model  # all is on cards
+        names = {*wanted}
         need = sum(map(_room_of, wanted.values()))
 
         def pack() -> Layers:
@@ -122,7 +130,12 @@ class _Shelf:
                 done += 1
                 self._packing(done / total)
 
-        return self._keep(form, need, pack())
+        kept = self._keep(form, need, pack())
+        if names - kept.keys():
+            raise OSError("another process keeps fewer layers there")
+        for name in names:
+            model.set_submodule(name, kept[name])
+        return model
 
     def _make_head(self, name: str, head: nn.Linear) -> dict[str, KernelLinear]:
         need = room_for(head.out_features, head.in_features, 8)
@@ -142,15 +155,19 @@ class _Shelf:
         return kept
 
     def _read(self, form: str, on_part: OnPart = lambda part: None) -> dict[str, KernelLinear] | None:
-        """The layers of a file, or None where it is not there or not to be trusted."""
+        """The layers of a file that go to the CPU, or None where it is not there or not to be trusted."""
         file, made_of = self._file(form), f"{self._made_of} {form}"
         try:
-            layers = read(file, made_of, self._kernels.threads, on_part)
+            layers = read(file, made_of, self._kernels.threads, on_part, self._is_here)
         except NotUsable as error:
             _log.info("no packed weights: %s", error)
             return None
         numerics = self._spec.cpu_precision
         return {name: KernelLinear.of(layer, self._kernels, numerics) for name, layer in layers.items()}
+
+    def _is_here(self, name: str) -> bool:
+        """Whether the kernels may compute the layer where it goes."""
+        return self._place(f"{name}.weight") == (torch.device("cpu"), torch.float32)
 
     def _file(self, form: str) -> Path:
         return self._folder / f"{form}.packed"
@@ -160,6 +177,15 @@ class _Shelf:
 
     def _packing(self, part: float) -> None:
         self._on_progress(Progress("packing", part))
+
+
+def _unpacked(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The layers that the kernels compute and have not in their order yet, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear) and is_computable(layer)
+    }
 
 
 def _room_of(layer: QuantizedLinear) -> int:

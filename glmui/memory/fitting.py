@@ -86,6 +86,7 @@ def request_of(spec: EngineSpec) -> PlanRequest:
         head_bits=spec.head_bits,
         kv_cache="fp16" if half else spec.kv_cache,
         prefill_piece=spec.prefill_piece,
+        packed=bool(spec.packed_dir),
     )
 
 

@@ -20,9 +20,9 @@ from glmui.memory.model_size import CPU, ModelSize
 from glmui.memory.plan import Plan, plan, program_bytes
 from glmui.memory.plan_request import CUDA_CONTEXT, Machine, PlanRequest
 from glmui.memory.pretended import pretended
-from glmui.memory.visible import PART, visible
+from glmui.memory.visible import PART, held_by, visible
 from glmui.meter import Reading
-from glmui.types import EngineSpec
+from glmui.types import EngineInfo, EngineSpec
 
 Say = Callable[..., str]
 
@@ -61,14 +61,14 @@ class Explanation:
     advice: str
 
 
-def forecast(spec: EngineSpec, reading: Reading, held: bool = False) -> Forecast | None:
+def forecast(spec: EngineSpec, reading: Reading, engine: EngineInfo | None = None) -> Forecast | None:
     """What becomes of `spec` with the memory of `reading`; None for a model or a device that no plan knows.
 
-    held: whether the engine process of `reading` has a model loaded: what it holds counts as free. A few
+    engine: of whose process `reading` tells, where one runs: what it holds counts as free. A few
     milliseconds: what a slider would bring about is asked with replace(spec, layers_on_gpu=N).
     Raises ModelError for the folder, InvalidInput("device_missing") for the device.
     """
-    known = pretended(spec) or _known(spec, reading, held)
+    known = pretended(spec) or _known(spec, reading, engine)
     if known is None:
         return None
     return foreseen(spec, *known)
@@ -83,8 +83,8 @@ def foreseen(spec: EngineSpec, size: ModelSize, machine: Machine) -> Forecast | 
     return Forecast(size, machine, found, room(spec, size, found))
 
 
-def _known(spec: EngineSpec, reading: Reading, held: bool) -> tuple[ModelSize, Machine] | None:
-    machine = machine_of(reading, held)
+def _known(spec: EngineSpec, reading: Reading, engine: EngineInfo | None) -> tuple[ModelSize, Machine] | None:
+    machine = machine_of(reading, engine)
     if machine is None or (size := size_of(spec)) is None:
         return None
     return size, machine
@@ -98,13 +98,15 @@ def size_of(spec: EngineSpec) -> ModelSize | None:
 
 
 def machine_of(
-    reading: Reading, held: bool = False, environ: Mapping[str, str] = os.environ
+    reading: Reading, engine: EngineInfo | None = None, environ: Mapping[str, str] = os.environ
 ) -> Machine | None:
-    """What is free here; None where the RAM cannot be read, or torch sees a part of a card (MIG)."""
-    ram, cards = free_ram(reading, held), visible(reading.cards, environ).values()
+    """What is free here, or would be without that engine; None where the RAM cannot be read, or torch sees a
+    part of a card (MIG)."""
+    ram, cards = free_ram(reading, engine is not None), visible(reading.cards, environ).values()
     if ram is None or PART in cards:
         return None
-    return Machine(tuple(free_on(card, held) for card in cards), ram)
+    held = held_by(reading.cards, engine, environ)
+    return Machine(tuple(free_on(card, card in held) for card in cards), ram)
 
 
 def _has_other_card() -> bool:

@@ -39,8 +39,11 @@ class Trouble:
 
 
 def at_foot(trouble: Trouble) -> EngineError:
-    """What is told where no rung is left: whose memory ran out at what, and what helps there."""
-    case = f"{trouble.stage}_{'ram' if trouble.device == 'cpu' else 'card'}"
+    """What is told where no rung is left: whose memory ran out at what, and what helps there.
+
+    For a card's there is always the CPU, but where the reader has chosen other settings meanwhile.
+    """
+    case = f"{trouble.stage}_ram" if trouble.device == "cpu" else "card"
     return EngineError("out_of_memory", case=case, stage=trouble.stage, device=trouble.device)
 
 
@@ -151,7 +154,7 @@ class Ladder:
         """What an engine process is to hold now."""
         if self._rung is None or self.chosen is None:
             return self.chosen
-        return replace(self._rung.spec, prefix=self.chosen.prefix, adapter=self.chosen.adapter, hasty=True)
+        return replace(self._rung.spec, prefix=self.chosen.prefix, adapter=self.chosen.adapter)
 
     @property
     def reason(self) -> str:

@@ -70,6 +70,7 @@ class ModelSize:
     a prompt goes through each layer as a whole (ChatGLM-6B) or piece by piece through all of them. positions:
     tokens that the model was trained for. card_float: bytes of a number that a card computes with. front:
     entries of a prefix, which stand in the cache before all tokens. adapted: whether there is an adapter.
+    in_files: whether the quantised weights lie so in the folder, and are not made while it is loaded.
     """
 
     stored: tuple[int, ...]
@@ -90,6 +91,7 @@ class ModelSize:
     card_float: int = 2
     front: int = 0
     adapted: bool = False
+    in_files: bool = True
 
     @classmethod
     def of(
@@ -123,6 +125,7 @@ class ModelSize:
             whole=isinstance(config, GLMConfig),
             positions=config.context_length,
             card_float=card_float,
+            in_files=config.quantization_bit > 0,
         )
 
     @property
@@ -166,11 +169,15 @@ class ModelSize:
         that is quantised by itself."""
         return head_bits == 8 and self.table_bits == 16
 
-    def mapped_bytes(self, layers: int, with_head: bool, head_bits: int) -> int:
-        """What of the last layers, so many, is not copied into a CPU's memory: quantised weights and the
-        tables."""
-        weights = sum(self.stored[self.layers - layers :])
-        return weights + (self.head_bytes(CPU, head_bits) if with_head else 0)
+    def mapped_bytes(self, layers: int, with_head: bool, head_bits: int, packed: bool = True) -> int:
+        """What of the last layers, so many, is pages of files on a CPU: quantised weights and the tables.
+
+        packed: whether the CPU kernels' copies of them are kept in files; else they are memory of their own,
+        as are weights that are quantised while they are loaded. A float16 table is read as it lies.
+        """
+        weights = sum(self.stored[self.layers - layers :]) if packed and self.in_files else 0
+        as_it_lies = self.table_bits == 16 and head_bits != 8
+        return weights + (self.head_bytes(CPU, head_bits) if with_head and (packed or as_it_lies) else 0)
 
     def scratch_bytes(self, device: str, context: int, kv_cache: str, piece: int) -> int:
         """The most that a prompt of `context` tokens, read in pieces, takes beside weights and cache."""

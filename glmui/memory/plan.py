@@ -154,7 +154,7 @@ def _settled(
         head=head,
         embedding=CPU if size.embedding_apart(request.head_bits) else head,
         on=on,
-        mapped=size.mapped_bytes(on_cpu, head == CPU, request.head_bits),
+        mapped=size.mapped_bytes(on_cpu, head == CPU, request.head_bits, request.packed),
         machine=machine,
         request=request,
         reason=reason,

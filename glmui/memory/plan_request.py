@@ -33,7 +33,8 @@ class PlanRequest:
     layers_on_gpu: how many, None for as many as fit. vram_reserve: bytes of each card to leave to others.
     head_bits: 8 for an output head that is quantised by itself. kv_cache: what keys and values are kept in,
     "fp16", "bf16", "int8", or "auto" and "fp32" for what a layer computes in. prefill_piece: tokens of a
-    prompt to read at a time, 0 for the plan's choice.
+    prompt to read at a time, 0 for the plan's choice. packed: whether weights in the CPU kernels' order are
+    kept in files.
     """
 
     device: str = "auto"
@@ -43,6 +44,7 @@ class PlanRequest:
     head_bits: int = 16
     kv_cache: str = "auto"
     prefill_piece: int = 0
+    packed: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("context", 1), ("layers_on_gpu", 0), ("vram_reserve", 0), ("prefill_piece", 0)):

@@ -31,9 +31,20 @@ def visible(cards: Sequence[Card], environ: Mapping[str, str] = os.environ) -> d
     return {} if twice else {f"cuda:{number}": card for number, card in enumerate(seen)}
 
 
-def in_use(cards: Sequence[Card], info: EngineInfo) -> list[Card]:
+def in_use(cards: Sequence[Card], info: EngineInfo, environ: Mapping[str, str] = os.environ) -> list[Card]:
     """Those of the cards that a model computes on."""
-    return [card for name, card in visible(cards).items() if name in {info.device, *info.layers}]
+    return [card for name, card in visible(cards, environ).items() if name in {info.device, *info.layers}]
+
+
+def held_by(
+    cards: Sequence[Card], engine: EngineInfo | None, environ: Mapping[str, str] = os.environ
+) -> list[Card]:
+    """Those of the cards of which the engine may hold something. Where no driver tells whose memory is whose
+    (Windows), these are the ones that it says it computes on."""
+    if engine is None:
+        return []
+    computing = in_use(cards, engine, environ)
+    return [card for card in cards if card.own is not None or card in computing]
 
 
 def _chosen(cards: Sequence[Card], wishes: Sequence[str]) -> Iterator[Card]:

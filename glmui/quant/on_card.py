@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -23,9 +24,14 @@ ROOMY = 10 << 30
 
 
 class Scratch:
-    """Memory on one card that all layers there widen their weights into, one after the other. Taken once."""
+    """Memory on one card that all layers there widen their weights into, one after the other. Taken once.
+
+    mine: to be held from the widening until the product that reads it has been started; on the card one
+    follows the other, but threads may take turns in between.
+    """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.mine = threading.Lock()
         self._memory = torch.empty(nbytes // 2, dtype=torch.float16, device=device)
 
     def rows(self, columns: int, dtype: torch.dtype) -> Tensor:
@@ -72,16 +78,18 @@ class CardLinear(QuantizedLinear):
     def _in_slices(self, x: Tensor) -> Tensor:
         room = self._scratch.rows(self.in_features, x.dtype)
         if len(room) >= self.out_features:
-            return F.linear(x, self._widened(slice(0, self.out_features), room), self.bias)
+            with self._scratch.mine:
+                return F.linear(x, self._widened(slice(0, self.out_features), room), self.bias)
         flat = x.reshape(-1, self.in_features)
         out = flat.new_empty(len(flat), self.out_features)
         for first in range(0, self.out_features, len(room)):
             rows = slice(first, first + len(room))
-            columns = self._widened(rows, room).T
-            if self.bias is None:
-                torch.mm(flat, columns, out=out[:, rows])  # straight to its place: no copy
-            else:
-                torch.addmm(self.bias[rows], flat, columns, out=out[:, rows])
+            with self._scratch.mine:
+                columns = self._widened(rows, room).T
+                if self.bias is None:
+                    torch.mm(flat, columns, out=out[:, rows])  # straight to its place: no copy
+                else:
+                    torch.addmm(self.bias[rows], flat, columns, out=out[:, rows])
         return out.view(*x.shape[:-1], self.out_features)
 
     def _widened(self, rows: slice, room: Tensor) -> Tensor:

@@ -97,14 +97,19 @@ def _append(out: IO[bytes], tensor: Tensor) -> tuple[int, int, int]:
 
 
 def read(
-    file: Path, made_of: str, threads: int = 1, on_progress: Callable[[float], None] = lambda part: None
+    file: Path,
+    made_of: str,
+    threads: int = 1,
+    on_progress: Callable[[float], None] = lambda part: None,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, PackedLayer]:
-    """The layers of a file, mapped: their memory is the file's pages, shared by all who read it.
+    """The wanted layers of a file, mapped: their memory is the file's pages, shared by all who read it.
 
-    on_progress: the part of it that has been summed up, 0..1. Raises NotUsable.
+    on_progress: the part of them that has been summed up, 0..1. wanted: told a name. Raises NotUsable.
     """
     try:
-        table, size = _table(file, made_of)
+        everything, size = _table(file, made_of)
+        table = {name: entry for name, entry in everything.items() if wanted(name)}
         whole = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
         places = [place for entry in table.values() for place in entry.values() if isinstance(place, list)]
         _check_sums(whole, places, threads, on_progress)

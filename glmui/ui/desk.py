@@ -200,9 +200,9 @@ class Desk:
         """What the doctor finds now. Takes some seconds."""
         settings = self.choice.settings
         _, error = read_settings({"data_dir": settings.data_dir})
-        pid = self.service.engine.info().pid
-        engine = None if pid is None else self.meter.read(pid)
-        return examine(this_machine(settings, error, encoding="", engine=engine))
+        info = self.service.engine.info()
+        engine = None if info.pid is None else self.meter.read(info.pid)
+        return examine(this_machine(settings, error, encoding="", engine=engine, loaded=info))
 
     @property
     def cores(self) -> int:

@@ -12,7 +12,9 @@ from glmui.hub.catalogue import Offer
 from glmui.hub.get import Removed
 from glmui.hub.installed import InstalledModel
 from glmui.memory.free import free_on, free_ram
+from glmui.memory.visible import held_by
 from glmui.meter import Reading
+from glmui.types import EngineInfo
 
 FIRST = "chatglm-6b-int4"  # what the welcome offers first
 
@@ -74,18 +76,21 @@ class Look:
         return next((entry for entry in (*self.here, *self.offered) if entry.name == name), None)
 
 
-def needs_of(offer: Offer, memory: Reading) -> tuple[Need, ...]:
+def needs_of(offer: Offer, memory: Reading, engine: EngineInfo) -> tuple[Need, ...]:
     """What a model would take of each kind of memory this computer has; what cannot be told is left out.
 
     What the engine holds now counts as free: it holds one model at a time.
     """
-    held = memory.engine_rss is not None
+    loaded = memory.engine_rss is not None
+    ours = held_by(memory.cards, engine if loaded else None)
     needs = [
-        Need(card.name or f"cuda:{card.index}", _bytes(offer.vram_gb), free_on(card, held), card.total)
+        Need(
+            card.name or f"cuda:{card.index}", _bytes(offer.vram_gb), free_on(card, card in ours), card.total
+        )
         for card in memory.cards
         if offer.vram_gb and card.used is not None and card.total is not None
     ]
-    if memory.ram_total and (free := free_ram(memory, held)) is not None:
+    if memory.ram_total and (free := free_ram(memory, loaded)) is not None:
         needs.append(Need("", _bytes(offer.ram_gb), free, memory.ram_total))
     return tuple(needs)
 

@@ -20,7 +20,7 @@ from glmui.hub import get as hub
 from glmui.hub.catalogue import Offer
 from glmui.hub.installed import InstalledModel
 from glmui.meter import Meter, Reading
-from glmui.ui.inventory import Entry, Look, State, needs_of
+from glmui.ui.inventory import Entry, Look, Need, State, needs_of
 
 LOOK_SECONDS = 1.0  # pages that ask within that time see the same look at the disk
 QUANTIZE: tuple[hub.Quantize, ...] = get_args(hub.Quantize)
@@ -77,7 +77,7 @@ class Shelf:
         return seen[1], seen[2]
 
     def _here(self, model: InstalledModel, offer: Offer | None, memory: Reading) -> Entry:
-        needs = needs_of(offer, memory) if offer else ()
+        needs = self._needs(offer, memory) if offer else ()
         return Entry(model.name, self._state(model), offer, model, needs=needs)
 
     def _state(self, model: InstalledModel) -> State:
@@ -94,7 +94,10 @@ class Shelf:
             with suppress(OSError):
                 fetched = hub.half_fetched(offer.name, self.data_dir)
         state: State = "half" if fetched else "offered"
-        return Entry(offer.name, state, offer, fetched=fetched, needs=needs_of(offer, memory))
+        return Entry(offer.name, state, offer, fetched=fetched, needs=self._needs(offer, memory))
+
+    def _needs(self, offer: Offer, memory: Reading) -> tuple[Need, ...]:
+        return needs_of(offer, memory, self.service.engine.info())
 
     # Acting
 
