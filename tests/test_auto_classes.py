@@ -290,6 +290,7 @@ def test_a_copy_is_a_model_of_its_own(tiny_chatglm: Folder, monkeypatch: pytest.
         assert torch.equal(model(ids).logits, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("card")
 def test_threads_share_a_card(tiny_chatglm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reply is what it is alone, however tokens of several are computed by turns."""

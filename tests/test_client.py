@@ -312,7 +312,7 @@ def test_killed_before_any_text(patient: EngineClient, stage: str) -> None:
     assert len(pids) == 1
 
 
-@pytest.mark.parametrize("how", ["hang", "frozen"])
+@pytest.mark.parametrize("how", ["hang", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_hung_engine_is_replaced(client: EngineClient, how: str) -> None:
     def freeze(chunk: Chunk) -> None:
         if chunk.text and how == "frozen":

@@ -126,6 +126,7 @@ def test_a_wrong_kernel_takes_its_own_kind_along(on_card: Any, tmp_path: Path, d
     assert outcome(on_card(Tampered({f"widen_8_{dtype}": nothing}))) == (False, False, "_wrong")
     assert outcome(on_card(Tampered({f"gelu_{dtype}": nothing}))) == (True, False, "_part")
     assert not diaries(tmp_path), "nothing keeps it from being tried again"
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 def test_after_a_fault_no_kernel_is_started_until_they_are_removed(on_card: Any, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def ask(client: EngineClient, messages: list[Message], into: list[Chunk], reques
     return into[-1].finish_reason or ""
 
 
-@pytest.mark.parametrize("stage", ["load", "prefill"])
+@pytest.mark.parametrize("stage", ["load", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_before_any_text_the_reply_begins_anew_with_less(opened: Open, stage: str) -> None:
     client, chunks = opened(stage), list[Chunk]()
     assert ask(client, LONG, chunks) == "length"

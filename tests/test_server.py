@@ -155,7 +155,12 @@ def test_from_the_address_line_to_a_clean_end(tmp_path: Path, port: int) -> None
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        *([pytest.param(signal.SIGHUP, marks=pytest.mark.slow)] if os.name == "posix" else []),
+    ],
 )
 def test_open_answers_hold_nothing_up(tmp_path: Path, port: int, number: int) -> None:
     with house(tmp_path, port) as process:
