@@ -71,11 +71,6 @@ class GLMConfig:
         return self.max_sequence_length
 
     @property
-    def block_weights(self) -> int:
-        """Numbers in the linear layers of a block."""
-        return (4 * self.hidden_size + 2 * self.inner_hidden_size) * self.hidden_size
-
-    @property
     def table_weights(self) -> int:
         """Numbers in the embedding, which is the output head too."""
         return self.vocab_size * self.hidden_size
@@ -151,11 +146,6 @@ class GLM2Config:
     @property
     def qkv_width(self) -> int:
         return self.query_width + 2 * self.multi_query_group_num * self.kv_channels
-
-    @property
-    def block_weights(self) -> int:
-        """Numbers in the linear layers of a block."""
-        return (self.qkv_width + self.query_width + 3 * self.ffn_hidden_size) * self.hidden_size
 
     @property
     def table_weights(self) -> int:
